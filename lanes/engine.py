@@ -1,0 +1,184 @@
+"""What every engine does: hold lanes of one program, advance them together, evaluate them, hand out their states.
+
+The law of lanes (tested for every family and engine): a lane's trajectory depends on its config and seed alone. Not on
+its slot, on how many neighbours it has, on when they come and go, or on the engine, beyond the rounding of the
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainables.draws import counter
+from trainables.family import Arrays, Family, Hypers, State, hyper_tensors
+
+Curves = dict[str, np.ndarray]
+
+
+@dataclass
+class Lane:
+    """A run while it trains. `step` counts update steps done; `rows` are the current epoch's order, [S, ...] each."""
+
+    key: str
+    hyper: Any
+    seed: int
+    step: int = 0
+
+
+class Engine(ABC):
+    """Lanes of one program on one device.
+
+    Args:
+        family, program: what a lane computes.
+        arrays: the program's data, already on `device`.
+        device: where states live.
+    """
+
+    name: str
+
+    def __init__(self, family: Family, program: Any, arrays: Arrays, device: torch.device | str = "cpu"):
+        self.family = family
+        self.program = program
+        self.arrays = arrays
+        self.device = torch.device(device)
+        self.schedule = family.schedule(program)
+        self.lanes: dict[str, Lane] = {}
+
+    # --- what an engine implements ---
+
+    @abstractmethod
+    def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
+        """Take a lane in."""
+
+    @abstractmethod
+    def _drop(self, keys: Sequence[str]) -> None:
+        """Let lanes go and free what they held."""
+
+    @abstractmethod
+    def _set_order(self, key: str, rows: Mapping[str, Tensor]) -> None:
+        """Give a lane the order of the epoch it is in, {name: [S, ...]}."""
+
+    @abstractmethod
+    def _advance(self, steps: int) -> dict[str, Tensor]:
+        """Do `steps` updates of every lane. Returns {metric: [steps, lanes]} in the order of `self.lanes`."""
+
+    @abstractmethod
+    def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Sums of `family.evaluate` over the test batches, {metric: [len(keys)]}."""
+
+    @abstractmethod
+    def state(self, key: str) -> State:
+        """A copy of a lane's state."""
+
+    @abstractmethod
+    def hypers(self, key: str) -> Hypers:
+        """A lane's hypers as 0-d tensors."""
+
+    # --- what callers use ---
+
+    def insert(self, key: str, hyper: Any, seed: int, state: State | None = None) -> None:
+        """Start a lane, or continue one from a `state` that was taken at any step (copied, moved to the device)."""
+        if key in self.lanes:
+            raise ValueError(f"lane {key} is already here")
+        tensors = hyper_tensors(self.program, hyper, self.device)
+        if state is None:
+            state = self.family.init(self.program, tensors, counter(seed, self.device))
+        else:
+            state = tree_map(lambda t: t.detach().to(self.device, copy=True), state)
+        lane = Lane(key, hyper, seed, step=int(state["step"]))
+        self._place(lane, state, tensors)
+        self.lanes[key] = lane
+        if lane.step < self.schedule.steps:
+            self._refresh_order(lane)
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Free lanes. Neighbours do not notice."""
+        self._drop(keys)
+        for key in keys:
+            del self.lanes[key]
+
+    def until_epoch_end(self) -> int:
+        """Steps that every lane can still do before the first of them ends its epoch."""
+        steps = self.schedule.steps_per_epoch
+        return min(steps - lane.step % steps for lane in self.lanes.values())
+
+    def advance(self, steps: int) -> Curves:
+        """Train every lane for `steps` updates, at most `until_epoch_end()`.
+
+        Returns {metric: float64 array [steps, lanes]}, lanes in the order of `self.lanes`.
+        """
+        if steps > self.until_epoch_end():
+            raise ValueError(f"{steps} steps would cross the end of an epoch")
+        with autocast(self.program, self.device):
+            metrics = self._advance(steps)
+        curves = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in metrics.items()}
+        for lane in self.lanes.values():
+            lane.step += steps
+            if lane.step % self.schedule.steps_per_epoch == 0 and lane.step < self.schedule.steps:
+                self._refresh_order(lane)
+        return curves
+
+    def evaluate(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Evaluate lanes that have just ended an epoch, on that epoch's test batches. {key: {metric: mean}}."""
+        epochs = [self.lanes[key].step // self.schedule.steps_per_epoch - 1 for key in keys]
+        rows = [
+            self.family.test_order(self.program, self.arrays, self.lanes[key].seed, epoch)
+            for key, epoch in zip(keys, epochs, strict=True)
+        ]
+        with torch.no_grad(), autocast(self.program, self.device):
+            sums = self._evaluate(keys, rows)
+        totals = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in sums.items()}
+        counts = totals.pop("count")
+        return {
+            key: {name: float(values[i] / counts[i]) for name, values in totals.items()} for i, key in enumerate(keys)
+        }
+
+    def inspect(self, keys: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        """The family's covariates of each lane's present state, {key: {name: array}}."""
+        with torch.no_grad():
+            return {
+                key: {
+                    name: value.detach().cpu().numpy()
+                    for name, value in self.family.inspect(self.program, self.state(key), self.hypers(key)).items()
+                }
+                for key in keys
+            }
+
+    def _refresh_order(self, lane: Lane) -> None:
+        epoch = lane.step // self.schedule.steps_per_epoch
+        self._set_order(lane.key, self.family.order(self.program, self.arrays, lane.seed, epoch))
+
+    def _step_one(self, state: State, hyper: Hypers, row: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        """One update of one lane: gather its batch, then the family's step."""
+        return self.family.step(self.program, state, hyper, self.family.batch(self.program, self.arrays, row))
+
+    def _evaluate_one(self, state: State, hyper: Hypers, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.family.evaluate(self.program, state, hyper, self.family.batch(self.program, self.arrays, row))
+
+
+def autocast(program: Any, device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 matrix products over float32 master weights where the program asks for them."""
+    if program.precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def put(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
+    """The family's arrays on the device, once. Integer images stay integers; `batch` converts what it gathers."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
+
+
+def tree_map(f: Any, *trees: Any) -> Any:
+    """Apply f to the tensors of equally shaped nested dicts."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {key: tree_map(f, *(tree[key] for tree in trees)) for key in first}
+    return f(*trees)

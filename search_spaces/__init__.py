@@ -1,0 +1,1 @@
+"""What to try: one module a family, every sweep of its notebook by name (see `search_spaces.space`, `.sweeps`)."""

@@ -1,0 +1,27 @@
+"""Shared set-up: one thread (bitwise repeatable sums), one folder for decoded data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets, where this machine has one."""
+    path = os.environ.get("LANEWISE_DATA")
+    if not path or not Path(path).is_dir():
+        pytest.skip(
+            "no real data here: set LANEWISE_DATA to a folder with cifar10/, tinyimagenet32/, mnist/, text/, fsdd/"
+        )
+    return Path(path)

@@ -1,0 +1,159 @@
+"""The law of lanes, for every family, method and engine, in float64 on the CPU.
+
+1. a lane equals the serial engine's run of the same config and seed;
+2. it does not change with lane count, slot, or neighbours that come and go;
+3. a lane that turns NaN is alone in it;
+4. snapshot, restore, continue equals never having stopped, bit for bit;
+5. what is per lane (clipping, loss, moments) is per lane: covered by 1 with neighbours of other hypers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from lanes.engine import tree_map
+from lanes.serial import SerialEngine
+from lanes.stacked import StackedEngine
+from tests.families import CASES, arrays_of, build_case
+from trainables.family import dtype_of
+
+STEPS = 50
+TOLERANCE = 1e-9
+
+
+def run(engine, steps: int) -> dict[str, dict[str, np.ndarray]]:
+    """Advance to `steps`, evaluating at each epoch's end. {lane: {metric: curve}}."""
+    curves: dict[str, dict[str, list]] = {key: {} for key in engine.lanes}
+    done = 0
+    while done < steps:
+        chunk = min(engine.until_epoch_end(), steps - done)
+        for name, values in engine.advance(chunk).items():
+            for column, key in enumerate(engine.lanes):
+                curves[key].setdefault(name, []).extend(values[:, column])
+        done += chunk
+        ended = [key for key, lane in engine.lanes.items() if lane.step % engine.schedule.steps_per_epoch == 0]
+        for key, metrics in (engine.evaluate(ended) if ended else {}).items():
+            for name, value in metrics.items():
+                curves[key].setdefault(name, []).append(value)
+    return {key: {name: np.array(v) for name, v in by_name.items()} for key, by_name in curves.items()}
+
+
+def neighbours(hyper, count: int) -> list:
+    """Hypers around `hyper`: every non-zero field scaled a little differently for each lane."""
+    scaled = []
+    for i in range(count):
+        factor = 1.0 + 0.01 * (i + 1)
+        changes = {
+            f.name: getattr(hyper, f.name) * factor
+            for f in dataclasses.fields(hyper)
+            if 0 < abs(getattr(hyper, f.name)) < 0.5
+        }
+        scaled.append(dataclasses.replace(hyper, **changes))
+    return scaled
+
+
+def assert_same_state(a, b, tolerance: float) -> None:
+    def check(x, y):
+        if x.dtype.is_floating_point or x.dtype.is_complex:
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+        else:
+            assert torch.equal(x, y)
+        return x
+
+    tree_map(check, a, b)
+
+
+def steps_for(family, program) -> int:
+    return min(STEPS, family.schedule(program).steps)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].rsplit('.', 1)[-1]}-{case[1]}")
+def case(request, cache_dir):
+    family, program, hyper = build_case(*request.param)
+    return family, program, hyper, arrays_of(family, program, cache_dir)
+
+
+def test_lane_equals_serial_beside_any_neighbours(case):
+    family, program, hyper, arrays = case
+    steps = steps_for(family, program)
+    alone = SerialEngine(family, program, arrays)
+    alone.insert("me", hyper, 3)
+    stack = StackedEngine(family, program, arrays)
+    for i, other in enumerate(neighbours(hyper, 2)):
+        stack.insert(f"n{i}", other, i)
+    stack.insert("me", hyper, 3)
+    assert_same_state(alone.state("me"), stack.state("me"), 0.0)
+    first = steps // 2
+    expected, actual = run(alone, first), run(stack, first)
+    stack.remove(["n0"])
+    stack.insert("late", neighbours(hyper, 3)[2], 9)
+    expected_rest, actual_rest = run(alone, steps - first), run(stack, steps - first)
+    for one, other in ((expected, actual), (expected_rest, actual_rest)):
+        for name, curve in one["me"].items():
+            np.testing.assert_allclose(other["me"][name], curve, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+    assert_same_state(alone.state("me"), stack.state("me"), TOLERANCE)
+
+
+@pytest.mark.parametrize("engine_class", [SerialEngine, StackedEngine], ids=["serial", "stacked"])
+def test_restored_lane_continues_bit_for_bit(case, engine_class):
+    family, program, hyper, arrays = case
+    steps = steps_for(family, program)
+    engine = engine_class(family, program, arrays)
+    engine.insert("me", hyper, 5)
+    cut = max(1, (2 * steps) // 5)
+    run(engine, cut)
+    snapshot = engine.state("me")
+    expected = run(engine, steps - cut)
+    again = engine_class(family, program, arrays)
+    again.insert("me", hyper, 5, state=snapshot)
+    actual = run(again, steps - cut)
+    for name, curve in expected["me"].items():
+        np.testing.assert_array_equal(actual["me"][name], curve, err_msg=name)
+    assert_same_state(engine.state("me"), again.state("me"), 0.0)
+
+
+def test_poisoned_lane_leaves_neighbours_alone(case):
+    family, program, hyper, arrays = case
+    steps = min(12, steps_for(family, program))
+    clean, poisoned = (StackedEngine(family, program, arrays) for _ in range(2))
+    for engine in (clean, poisoned):
+        engine.insert("me", hyper, 1)
+        engine.insert("bad", hyper, 2)
+    state = poisoned.state("bad")
+    state["params"] = tree_map(lambda t: torch.full_like(t, torch.nan), state["params"])
+    poisoned.remove(["bad"])
+    poisoned.insert("bad", hyper, 2, state=state)
+    expected, actual = run(clean, steps), run(poisoned, steps)
+    for name, curve in expected["me"].items():
+        np.testing.assert_array_equal(actual["me"][name], curve, err_msg=name)
+    assert_same_state(clean.state("me"), poisoned.state("me"), 0.0)
+
+
+def test_states_hold_seed_step_and_the_program_s_dtype(case):
+    family, program, hyper, arrays = case
+    engine = SerialEngine(family, program, arrays)
+    engine.insert("me", hyper, 7)
+    run(engine, 2)
+    state = engine.state("me")
+    assert int(state["seed"]) == 7
+    assert int(state["step"]) == 2
+    dtypes = set()
+    tree_map(lambda t: dtypes.add(t.dtype), state["params"])
+    assert dtype_of(program) in dtypes
+
+
+def test_every_metric_is_declared(case):
+    family, program, hyper, arrays = case
+    engine = SerialEngine(family, program, arrays)
+    engine.insert("me", hyper, 0)
+    curves = run(engine, engine.schedule.steps_per_epoch)["me"]
+    assert curves.keys() <= family.metrics.keys()
+    per_epoch = {name: np.array([curve.mean()]) for name, curve in curves.items()}
+    summary = family.summarize(program, per_epoch)
+    assert family.headline in summary
+    assert summary.keys() <= family.metrics.keys()
+    assert family.metrics[family.headline].mode in ("max", "min")

@@ -1,0 +1,1 @@
+"""How one trial learns: one package a model family, pure functions of one lane (see `trainables.family`)."""
