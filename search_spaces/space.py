@@ -182,7 +182,7 @@ class Space:
         return " ".join(parts)
 
     def replaced(self, axis: Axis) -> Space:
-        """This space with the axis of the same name replaced (it keeps its place and condition), or with it appended."""
+        """This space with the axis of the same name replaced in its place, or with a new one appended."""
         if axis.name not in self:
             return Space((*self.axes, axis))
         return Space(tuple(axis if old.name == axis.name else old for old in self.axes))

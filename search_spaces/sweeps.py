@@ -62,7 +62,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Sweeps:
-    """A family's sweeps. `default` is what the bare command runs: small, real, on data that ships with Python packages."""
+    """A family's sweeps. `default` is what the bare command runs: small and real, on data that needs no download."""
 
     family: str
     default: str
