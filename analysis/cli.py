@@ -87,6 +87,52 @@ def list_command(storage: Storage = DEFAULT_STORAGE) -> None:
     show(list_sweeps(storage))
 
 
+@command
+def compare(
+    names: Annotated[list[str], typer.Argument(help="one sweep or several", metavar="NAME...")],
+    storage: Storage = DEFAULT_STORAGE,
+    by: Annotated[str | None, typer.Option(help="field that makes the arms, or config, or sweep")] = None,
+    metric: Metric = None,
+    at: At = "final",
+    test: Annotated[str, typer.Option(help="t, permutation or wilcoxon")] = "t",
+    against: Annotated[str | None, typer.Option(help="compare every arm with this one only")] = None,
+    margin: Annotated[float | None, typer.Option(help="the smallest difference that matters")] = None,
+    claim: Annotated[str | None, typer.Option(help="'A > B', 'A >> B' or 'A = B', judged against --margin")] = None,
+    pick: Annotated[str, typer.Option(help="best: each arm's best config; all: mean over shared settings")] = "best",
+    paired: Annotated[bool, typer.Option(help="compare seed by seed")] = True,
+    alpha: Annotated[float, typer.Option(help="significance, after Holm's correction")] = 0.05,
+) -> None:
+    """Say which arms differ, seed by seed, corrected for the number of comparisons."""
+    from analysis import compare as comparing
+
+    kind: Any = test
+    picked: Any = pick
+    found = comparing.compare(storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha)
+    show(found.arms, f"{found.metric} at {at}")
+    print()
+    show(found.pairs)
+    print()
+    for line in [*comparing.sentences(found, alpha), *found.notes]:
+        print(line)
+
+
+@command
+def table(
+    name: Name,
+    rows: Annotated[str, typer.Option(help="field down the side")],
+    cols: Annotated[str | None, typer.Option(help="field along the top")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    metric: Metric = None,
+    at: At = "final",
+    pick: Annotated[str, typer.Option(help="best: each cell's best config; all: over all its runs")] = "best",
+) -> None:
+    """Lay results out by one field or two: mean ± standard deviation (number of runs)."""
+    from analysis import compare as comparing
+
+    laid = comparing.table(storage, name, rows, cols, metric=metric, at=at, pick=pick)
+    show(laid.reset_index(names=rows if cols is None else f"{rows} / {cols}"))
+
+
 def show(frame: pd.DataFrame, title: str | None = None) -> None:
     """A data frame as a terminal table."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
