@@ -133,6 +133,70 @@ def table(
     show(laid.reset_index(names=rows if cols is None else f"{rows} / {cols}"))
 
 
+@command
+def journal(
+    name: Name, storage: Storage = DEFAULT_STORAGE, metric: Metric = None, tracking_uri: TrackingUri = None
+) -> None:
+    """Write the sweep's lab journal (journal.md) and set it as the MLflow run's description."""
+    from analysis.journal import write_journal
+
+    path = write_journal(storage, name, metric)
+    text = path.read_text(encoding="utf-8")
+    print(text)
+    log(storage, name, tracking_uri, [], text)
+
+
+@command
+def note(
+    name: Name,
+    text: Annotated[str, typer.Argument(help="what to remember")],
+    storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Add a dated note to the sweep's journal."""
+    from analysis.journal import add_note
+
+    path = add_note(storage, name, text)
+    print(path)
+    log(storage, name, tracking_uri, [], path.read_text(encoding="utf-8"))
+
+
+@command
+def doctor(name: Name, storage: Storage = DEFAULT_STORAGE, metric: Metric = None) -> None:
+    """Check the sweep's health: PASS, WARN or FAIL with evidence and advice."""
+    from analysis.doctor import examine
+
+    cards = examine(storage, name, metric)
+    if not len(cards):
+        print("nothing yet")
+    for card in cards.to_dict("records"):
+        print(f"{card['status']}  {card['check']}: {card['evidence']}")
+        if card["advice"]:
+            print(f"      {card['advice']}")
+
+
+@command
+def replay(
+    name: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    scheduler: Annotated[str, typer.Option(help="none, asha or median")] = "asha",
+    grace: Annotated[list[int] | None, typer.Option(help="first epoch that may stop a config; repeatable [1]")] = None,
+    factor: Annotated[list[float] | None, typer.Option(help="1/factor of configs go on; repeatable [3]")] = None,
+    order: Annotated[str, typer.Option(help="recorded, or random: many orders of proposing")] = "recorded",
+    repeats: Annotated[int, typer.Option(help="number of random orders")] = 20,
+    concurrent: Annotated[int | None, typer.Option(help="configs at a time; default: as in the sweep")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="curve to play; default: the headline's", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the random orders")] = 0,
+) -> None:
+    """Play finished curves to another scheduler: what it would have saved, and whether it keeps the winner."""
+    from analysis.replay import replay as play
+
+    kind: Any = order
+    show(play(storage, name, scheduler, grace or [1], factor or [3.0], kind, repeats, concurrent, metric, seed))
+
+
 def show(frame: pd.DataFrame, title: str | None = None) -> None:
     """A data frame as a terminal table."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
