@@ -197,6 +197,50 @@ def replay(
     show(play(storage, name, scheduler, grace or [1], factor or [3.0], kind, repeats, concurrent, metric, seed))
 
 
+@command
+def export(
+    name: Name,
+    layout: Annotated[str, typer.Option(help="folders (the ci_vit notebook's), csv or parquet")],
+    out: Annotated[Path, typer.Option(help="folder to write into; made if it is not there")],
+    storage: Storage = DEFAULT_STORAGE,
+    force: Annotated[bool, typer.Option("--force", help="write over what is there")] = False,
+) -> None:
+    """Write runs and curves in another layout."""
+    from analysis.export import export as write
+
+    kind: Any = layout
+    made = write(storage, name, kind, out, force)
+    print(f"{out / name}: {len(made)} {'runs' if layout == 'folders' else 'tables'}")
+
+
+@command
+def plot(
+    name: Name,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="curves, hyper, heatmap, importance, parallel, rungs or pareto; repeatable [all]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write into [<storage>/NAME/plots]")] = None,
+    form: Annotated[str, typer.Option("--format", help="png, html or both")] = "both",
+    storage: Storage = DEFAULT_STORAGE,
+    metric: Metric = None,
+    at: At = "final",
+    curve: Annotated[str | None, typer.Option(help="metric of the learning curves", show_default=False)] = None,
+    rows: Annotated[str | None, typer.Option(help="heat map: field down the side", show_default=False)] = None,
+    cols: Annotated[str | None, typer.Option(help="heat map: field along the top", show_default=False)] = None,
+    top: Annotated[int, typer.Option(help="configs with a learning curve of their own")] = 6,
+) -> None:
+    """Draw figures as PNG for print and as interactive HTML."""
+    from analysis.plotting import plot as draw
+
+    how: Any = form
+    made = draw(
+        storage, name, kind or (), out, how, metric=metric, at=at, curve=curve, rows=rows, columns=cols, top=top
+    )
+    for path in made["path"]:
+        print(path)
+
+
 def show(frame: pd.DataFrame, title: str | None = None) -> None:
     """A data frame as a terminal table."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

@@ -9,9 +9,7 @@ Everything above the line `MARK` is written anew each time; what stands below it
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +26,7 @@ from analysis.selection import confirmed_curse, more_seeds, probability_best, wi
 from analysis.statistics import all_pairs_p, holm, t_interval
 from analysis.store import ENDED, Sweep, open_sweep
 from analysis.summary import pivot, scores, summarise
+from analysis.writing import replace_text
 
 MARK = "<!-- yours: what stands below this line is kept when the journal is written again -->"
 EMPTY = f"{MARK}\nresult: \n"
@@ -39,7 +38,7 @@ def write_journal(storage: Path | str, name: str, metric: str | None = None) -> 
     """Writes `<storage>/<name>/journal.md` and returns its path. What a reader wrote below the mark stays."""
     sweep = open_sweep(storage, name)
     path = sweep.folder / "journal.md"
-    _replace(path, f"{block(sweep, metric)}\n{_kept(path)}")
+    replace_text(path, f"{block(sweep, metric)}\n{_kept(path)}")
     return path
 
 
@@ -57,7 +56,7 @@ def add_note(storage: Path | str, name: str, text: str, now: datetime | None = N
     before = path.read_text(encoding="utf-8")
     if MARK not in before:
         before = before.rstrip("\n") + "\n\n" + EMPTY
-    _replace(path, before.rstrip("\n") + "\n" + note + "\n")
+    replace_text(path, before.rstrip("\n") + "\n" + note + "\n")
     return path
 
 
@@ -67,18 +66,6 @@ def _kept(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     # No mark: someone took it out. Keep all that is there rather than guess which lines were theirs.
     return text[text.index(MARK) :] if MARK in text else f"{MARK}\n{text}"
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".journal-", delete=False
-        ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def block(sweep: Sweep, metric: str | None = None) -> str:
@@ -195,16 +182,17 @@ def device_time(seconds: float, device: str) -> str:
 
 def observations(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
     """What the tests say, in sentences; then what the health checks warn of."""
-    said = _differences(sweep, runs, metric)
-    said += _confirmation(sweep, runs, confirmed, metric)
-    said += _speed(runs)
+    said = differences(sweep, runs, metric)
+    said += confirmation(sweep, runs, confirmed, metric)
+    said += speed(runs)
     for card in cards_of(sweep, metric):
         if card.status != "PASS":
             said.append(f"{card.check}: {card.evidence}" + (f"; {card.advice}" if card.advice else ""))
     return [_one_line(line) for line in said]
 
 
-def _differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.05) -> list[str]:
+def differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.05) -> list[str]:
+    """What can be told about the best config: whom it beats, whom not, how likely it is the best, how it flatters."""
     sign = -1.0 if sweep.mode(metric) == "min" else 1.0
     matrix = (sign * pivot(runs)).dropna()
     if len(matrix) < 2 or matrix.shape[1] < 2:
@@ -243,7 +231,8 @@ def _differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0
     return said
 
 
-def _confirmation(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
+def confirmation(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
+    """Results on fresh seeds that took no part in choosing: these are the sweep's results."""
     said = []
     sign = -1.0 if sweep.mode(metric) == "min" else 1.0
     for key, fresh in confirmed[confirmed["judged"]].groupby("config_key", sort=False):
@@ -259,7 +248,7 @@ def _confirmation(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, met
     return said
 
 
-def _speed(runs: pd.DataFrame) -> list[str]:
+def speed(runs: pd.DataFrame) -> list[str]:
     """Configs whose epochs took much longer than others', and whether that was the device's doing."""
     used = runs[(runs["epoch"] > 0) & (runs["device_seconds"] > 0)]
     if not len(used):
