@@ -1,6 +1,6 @@
 """Continual classification with a small vision transformer: plasticity methods on a stream of class pairs.
 
-The notebook "Continual ImageNet with ViT": data, model and methods as in ajozefiak/CL-transformers (2024-12 to 2025-01).
+The notebook "Continual ImageNet with ViT": data, model and methods as in ajozefiak/CL-transformers (2024-12, 2025-01).
 """
 
 from __future__ import annotations

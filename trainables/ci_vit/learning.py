@@ -38,10 +38,8 @@ def init(program: Program, hyper: Hypers, seed: Tensor) -> State:
     return state
 
 
-def step(
-    program: Program, state: State, hyper: Hypers, data: dict[str, Tensor]
-) -> tuple[State, dict[str, Tensor]]:
-    """One update. `train_loss` and `train_acc` are of the weights before it, and the loss is the cross-entropy alone."""
+def step(program: Program, state: State, hyper: Hypers, data: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+    """One update. `train_loss` (the cross-entropy alone) and `train_acc` are of the weights before it."""
     count, adam_count = state["step"] + 1, state["step"] + 1
     params, mu, nu = state["params"], state["mu"], state["nu"]
     noise = None

@@ -150,9 +150,7 @@ def _snr_v2(program: Program, hyper: Hypers, statistics: Statistics, seen: Seen)
     return mask, {**carried, "snr_age": torch.where(mask, 0, age)}
 
 
-def _renewed(
-    hyper: Hypers, seen: Seen, threshold: Tensor, renewed: Tensor, sums: Tensor, counts: Tensor
-) -> Statistics:
+def _renewed(hyper: Hypers, seen: Seen, threshold: Tensor, renewed: Tensor, sums: Tensor, counts: Tensor) -> Statistics:
     """With probability reset_freq take the renewed thresholds and start the arrival statistics again at 1/1."""
     now = draws.bernoulli(seen.seed, seen.count, "snr/renew", hyper["reset_freq"])
     return {

@@ -67,7 +67,7 @@ def test_order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[
 
 
 def batch(program: Program, arrays: Arrays, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather one batch: images [batch, side, side, channels] in the program's dtype, labels, and which rows are real."""
+    """One batch: images [batch, side, side, channels] in the program's dtype, labels, and which rows are real."""
     part = "train" if "train" in row else "test"
     index = row[part]
     stored = arrays[f"{part}_images"][index.clamp(min=0)]
