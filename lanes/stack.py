@@ -39,7 +39,7 @@ class Checkpoints(Protocol):
 
     def save(self, run_key: str, step: int, state: State, extra: Mapping[str, Any]) -> None: ...
 
-    def load(self, run_key: str) -> tuple[State, dict[str, Any]] | None: ...
+    def load(self, run_key: str, at_most: int | None = None) -> tuple[State, dict[str, Any]] | None: ...
 
     def discard(self, run_key: str) -> None: ...
 
@@ -114,7 +114,8 @@ class Stack:
             run = Run(key, seed, job)
             found = self.checkpoints.load(key)
             if found is None and seed in job.parent:
-                found = self.checkpoints.load(job.parent[seed])
+                donor, epoch = job.parent[seed]
+                found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
             if found is not None:
                 run.state, extra = found
                 run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
