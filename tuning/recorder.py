@@ -13,6 +13,7 @@ from typing import Any
 
 from ray.tune import Callback
 
+from tuning.checkpoints import CheckpointStore
 from tuning.journal import Event, Journal
 from tuning.progress import Progress
 from tuning.runs import RunTable
@@ -26,6 +27,7 @@ class Recorder(Callback):
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
+        self._checkpoints = CheckpointStore(plan.folder / "checkpoints")
         self._decisions: dict[str, str] = {}
         self._config_of: dict[str, str] = {}
         self._written = time.monotonic()
@@ -90,6 +92,9 @@ class Recorder(Callback):
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
         key = self._config_of.get(trial.trial_id, trial.config["config_key"])
         self._write("end", trial=trial.trial_id, config_key=key, stop_reason=reason, epoch=epoch, error=error)
+        if self._plan.scheduler != "pbt" and reason not in ("crashed", "oom"):  # PBT's others may still take from it
+            for run in self._table.runs_of.get(trial.trial_id, ()):
+                self._checkpoints.discard(run)
 
     def _exploited(self, trial: str, result: Mapping[str, Any]) -> None:
         """PBT gave this trial another's weights and perturbed hypers: the old config ends, a new one goes on."""

@@ -71,7 +71,7 @@ class ConfigTrial(tune.Trainable):
             int(seed): (key, pointer["epoch"])
             for seed, key in zip(self._config["runs"], pointer["runs"].values(), strict=True)
         }
-        self._leave(keep_checkpoints=False)
+        self._leave()
         self._attach(self._exploited(pointer), donor)
 
     def _exploited(self, pointer: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,16 +99,16 @@ class ConfigTrial(tune.Trainable):
         }
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._leave(keep_checkpoints=self._settings["scheduler"] == "pbt")
+        self._leave()
         self._attach(new_config)
         return True
 
     def cleanup(self) -> None:
-        self._leave(keep_checkpoints=True)
+        self._leave()
 
-    def _leave(self, keep_checkpoints: bool) -> None:
+    def _leave(self) -> None:
         if self._token:
-            ray.get(self._host.release.remote(self._token, keep_checkpoints))
+            ray.get(self._host.release.remote(self._token))
             self._pool.leave.remote(self._token)
             self._token = ""
 
