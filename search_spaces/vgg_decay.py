@@ -236,8 +236,8 @@ WISHES = (
         "does topographic decay group units? share of |w| within a cell, neighbours' correlation (mended)",
         "wish",
         Space((Choice("topo_base", (1.0, 6.0, 20.0)),)),
-        {**TOPO, "topo_a": 1.0, "topo_frozen_beta": 0.0, "measure": ("grouping",)},
-        covariates=("inspect",),
+        {**TOPO, "topo_a": 1.0, "topo_frozen_beta": 0.0},
+        covariates=("grouping",),
     ),
 )
 

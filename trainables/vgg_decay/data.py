@@ -13,7 +13,7 @@ from trainables import draws
 from trainables.datasets.cifar10 import load_cifar10
 from trainables.datasets.digits import load_digits
 from trainables.family import Arrays, Schedule
-from trainables.vgg_decay.program import DATA_SETS, Program, side_of, sizes, steps_per_epoch
+from trainables.vgg_decay.program import DATA_SETS, Program, asked, side_of, sizes, steps_per_epoch
 
 TEST, VALIDATION, TRAIN = 0, 1, 2
 """Where an evaluation batch comes from."""
@@ -54,11 +54,11 @@ def order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, 
 
 
 def test_order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, Tensor]:
-    """Test images, then held-out ones, then (measure = train) the training images. index [T, eval_batch], part [T]."""
+    """Test images, then held-out ones, then (covariate train) the training images. index [T, eval_batch], part [T]."""
     device = arrays["test_labels"].device
     train, test = sizes(program)
     ranges = [(TEST, 0, test), (VALIDATION, train, train + program.holdout)]
-    if "train" in program.measure:
+    if asked(program, "train"):
         ranges.append((TRAIN, 0, train))
     index, part = [], []
     for code, first, last in ranges:
@@ -88,7 +88,7 @@ def batch(program: Program, arrays: Arrays, row: dict[str, Tensor]) -> dict[str,
 def _evaluated(program: Program, arrays: Arrays, index: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     last = len(arrays["test_labels"]) - 1
     images, labels = arrays["test_images"][index.clamp(max=last)], arrays["test_labels"][index.clamp(max=last)]
-    if not program.holdout and "train" not in program.measure:
+    if not program.holdout and not asked(program, "train"):
         return images, labels
     index = index.clamp(max=len(arrays["train_labels"]) - 1)
     is_test = part == TEST

@@ -19,7 +19,7 @@ from trainables.vgg_decay.augment import augmented, normalise
 from trainables.vgg_decay.cases import CASES
 from trainables.vgg_decay.model import forward_eval, forward_train, init_params, init_running
 from trainables.vgg_decay.presets import PRESETS
-from trainables.vgg_decay.program import Hyper, Program, has_short_batch, sizes, steps_per_epoch, validate
+from trainables.vgg_decay.program import Hyper, Program, asked, has_short_batch, sizes, steps_per_epoch, validate
 
 
 def init(program: Program, hyper: Hypers, seed: Tensor) -> State:
@@ -92,13 +92,13 @@ def evaluate(program: Program, state: State, hyper: Hypers, batch: dict[str, Ten
     # the engine divides all sums by the number of test images: other parts' sums are scaled to it
     if program.holdout:
         sums["val_acc"] = (correct & real & (part == data.VALIDATION)).sum() * (test / program.holdout)
-    if "train" in program.measure:
+    if asked(program, "train"):
         sums["train_eval_acc"] = (correct & real & (part == data.TRAIN)).sum() * (test / train)
-    if "batch_stats" in program.measure:
+    if asked(program, "batch_stats"):
         fresh, _, _ = forward_train(program, state["params"], state["running"], images, real)
         sums["test_acc_batch_stats"] = ((fresh.argmax(1) == labels) & tested).sum()
     whole = measures.weight_measures(program, state)
-    if "grouping" in program.measure:
+    if asked(program, "grouping"):
         whole |= measures.grouping(program, state, hidden, real)
     return sums | {name: value * count for name, value in whole.items()}
 

@@ -70,7 +70,7 @@ def forward_train(
             old = running[f"{layer.name}.{name}"]
             moved[f"{layer.name}.{name}"] = (1 - MOMENTUM) * old + MOMENTUM * new.detach()
         scale = params[f"{layer.name}.gamma"] / torch.sqrt(var + EPSILON)
-        return _affine(x, scale, params[f"{layer.name}.beta"] - mean * scale)
+        return _affine(x, mean, scale, params[f"{layer.name}.beta"])
 
     logits, hidden = _forward(program, params, images, normalise)
     return logits, moved, hidden
@@ -84,7 +84,7 @@ def forward_eval(
     def normalise(layer: Layer, x: Tensor) -> Tensor:
         scale = params[f"{layer.name}.gamma"] / torch.sqrt(running[f"{layer.name}.var"] + EPSILON)
         centre = running[f"{layer.name}.mean"] - params[f"{layer.name}.bias"]
-        return _affine(x, scale, params[f"{layer.name}.beta"] - centre * scale)
+        return _affine(x, centre, scale, params[f"{layer.name}.beta"])
 
     return _forward(program, params, images, normalise)
 
@@ -116,5 +116,5 @@ def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | f
     return mean, (spread * spread).sum((0, 2, 3)) / count, count
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * scale[:, None, None] + shift[:, None, None]
+def _affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (x - centre[:, None, None]) * scale[:, None, None] + shift[:, None, None]

@@ -46,9 +46,9 @@ class Program:
         second_moment: what shares one of Adam's second moments: element, unit or layer.
         train_images, test_images: use only the first so many; 0 means all of the set's own.
         holdout: so many of the last training images are not trained on but measured as `val_acc`.
-        measure: extra metrics of each evaluation: train (accuracy on the training images, not augmented, in
-            evaluation mode), batch_stats (test accuracy with each test batch's own BatchNorm statistics), grouping (the
-            topographic indices). Does not change a result.
+        covariates: what else to measure; does not change a result. layers: what `inspect` returns and nothing more;
+            train: accuracy on the training images, not augmented, in evaluation mode; batch_stats: test accuracy with
+            each test batch's own BatchNorm statistics; grouping: the topographic indices; all.
     """
 
     data: str = "digits"
@@ -65,7 +65,7 @@ class Program:
     train_images: int = 0
     test_images: int = 0
     holdout: int = 0
-    measure: tuple = field(default=(), metadata={"identity": False})
+    covariates: tuple = field(default=(), metadata={"identity": False})
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,11 @@ def has_short_batch(program: Program) -> bool:
     return program.last_batch == "keep" and sizes(program)[0] % program.batch != 0
 
 
+def asked(program: Program, name: str) -> bool:
+    """Was this covariate asked for?"""
+    return name in program.covariates or "all" in program.covariates
+
+
 CHOICES = {
     "data": tuple(DATA_SETS),
     "lr_schedule": ("halving", "cosine", "linear"),
@@ -206,7 +211,7 @@ CHOICES = {
     "optimizer": ("sgd", "adam"),
     "second_moment": ("element", "unit", "layer"),
 }
-MEASURES = ("train", "batch_stats", "grouping")
+COVARIATES = ("layers", "train", "batch_stats", "grouping", "all")
 
 
 def validate(program: Program) -> None:
@@ -214,9 +219,9 @@ def validate(program: Program) -> None:
     for name, allowed in CHOICES.items():
         if getattr(program, name) not in allowed:
             raise BadValue(f"{name} '{getattr(program, name)}' is not one of {', '.join(allowed)}")
-    for name in program.measure:
-        if name not in MEASURES:
-            raise BadValue(f"measure '{name}' is not one of {', '.join(MEASURES)}")
+    for name in program.covariates:
+        if name not in COVARIATES:
+            raise BadValue(f"covariate '{name}' is not one of {', '.join(COVARIATES)}")
     _validate_widths(program)
     _validate_counts(program)
 
