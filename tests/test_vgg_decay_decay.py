@@ -78,15 +78,13 @@ def test_ixp2_logit_rate_is_near_the_logged_one(notebook):
 
 def test_bn_and_bias_decay_are_apart():
     program, _, tensors = build(wd=0.1)
-    layer = layers(program)[0]
-    ones, rate = torch.ones(3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    variance = torch.ones(len(layers(program)), dtype=torch.float64)
     for bn, bias in ((0.0, 1.0), (1.0, 0.0)):
         hyper = {**tensors, "bn_decay": torch.tensor(bn), "bias_decay": torch.tensor(bias)}
-        found = {
-            name.split(".")[1]: decay.term(program, hyper, layer, name, ones, rate).mean().item()
-            for name in layer.tensors[1:]
-        }
-        assert found == pytest.approx({"bias": 0.1 * bias, "gamma": 0.1 * bn, "beta": 0.1 * bn})
+        table = decay.coefficients(program, hyper, variance)
+        found = {name: decay.term(table[name], torch.ones(3)).mean().item() for name in layers(program)[0].tensors}
+        expected = (0.1, 0.1 * bias, 0.1 * bn, 0.1 * bn)
+        assert tuple(found.values()) == pytest.approx(expected)
 
 
 # --- topographic ----------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ def test_base_one_is_no_topographic_decay_once_mended():
 
 def test_uniform_control_decays_by_the_mean_multiplier():
     program, _, tensors = build(topo_a=1.0, topo_base=2.0, topo_uniform=1.0)
-    multiplier = decay.weight_multiplier(program, tensors, layers(program)[-2], torch.device("cpu"))
+    multiplier = decay.topo_multiplier(tensors, tensors["topo_a"], layers(program)[-2], torch.device("cpu"))
     expected = np.mean([2.0**d for row in plain_distances(10, 10) for d in row])
     assert multiplier.unique().tolist() == pytest.approx([expected])
 
@@ -193,7 +191,7 @@ def test_dead_units_of_a_net_made_by_hand():
 
 def test_a_silenced_unit_decays_until_it_counts_as_dead():
     """Gamma and beta 0: nothing passes and no gradient returns, so decay alone shrinks what reads the unit."""
-    program, hyper, _ = build(wd=9.0, stage1_mult=0.0, last2_mult=0.0)
+    program, hyper, _ = build(wd=9.0, stage1_mult=0.0, last2_mult=0.0, bn_decay=0.0)
     engine = SerialEngine(FAMILY, program, put(FAMILY.load(program, None, None), "cpu"))
     engine.insert("first", hyper, 4)
     state = engine.state("first")
@@ -201,15 +199,17 @@ def test_a_silenced_unit_decays_until_it_counts_as_dead():
     for kind in ("gamma", "beta"):
         state["params"][f"conv1_2.{kind}"][1] = 0.0
     engine.insert("me", hyper, 4, state=state)
-    counts = []
-    for _ in range(5):
-        engine.advance(3)
-        counts.append(tuple(engine.evaluate(["me"])["me"][n] for n in ("dead_units_1e5", "dead_units")))
     size = state["params"]["conv2_1.weight"][:, 1].abs().mean().item()
-    expected = [tuple(float(size * 0.1 ** (3 * i) < limit) for limit in (1e-5, 1e-9)) for i in range(1, 6)]
-    assert counts == expected
-    assert counts[0] == (0.0, 0.0)
-    assert counts[-1] == (1.0, 1.0)
+    counts = []
+    for i in range(1, 6):
+        engine.advance(3)
+        per_layer = engine.inspect(["me"])["me"]["dead_units"]  # below 1e-20, 1e-9, 1e-5
+        counts.append(per_layer[:, 2].tolist())
+        assert counts[-1] == [int(size * 0.1 ** (3 * i) < limit) for limit in (1e-20, 1e-9, 1e-5)]
+        total = engine.evaluate(["me"])["me"]
+        assert [total[n] for n in ("dead_units_1e20", "dead_units", "dead_units_1e5")] == per_layer.sum(1).tolist()
+    assert counts[0] == [0, 0, 0]
+    assert counts[-1] == [0, 1, 1]
 
 
 def test_inspected_norms_are_those_of_the_last_step():
@@ -312,12 +312,12 @@ def test_digits_are_magnified_where_the_net_has_more_pools():
 @pytest.mark.heavy
 def test_cifar10_reaches_the_net(data_dir, cache_dir):
     """Real images through the notebook's geometry: the short last batch of 80, and a loss that falls."""
-    values = {**FAMILY.presets["ixp2"], "widths": (4, 4, 8, 8, 8), "train_images": 976, "epochs": 9}
+    values = {**FAMILY.presets["ixp2"], "widths": (4, 4, 8, 8, 8), "train_images": 976, "test_images": 500, "epochs": 9}
     values |= {"lr": 0.05, "halve_every": 3.0}
     program, hyper = FAMILY.build(values)
     arrays = put(FAMILY.load(program, data_dir, cache_dir), "cpu")
     engine = SerialEngine(FAMILY, program, arrays)
     engine.insert("me", hyper, 0)
     losses = [engine.advance(8)["train_loss"].mean() for _ in range(9)]
-    assert losses[-1] < losses[0] - 0.1
-    assert engine.evaluate(["me"])["me"]["test_acc"] > 0.2
+    assert losses[-1] < losses[0] - 0.2
+    assert engine.evaluate(["me"])["me"]["test_acc"] > 0.13

@@ -1,12 +1,13 @@
-"""Weight decay of every kind in the notebook, as per-tensor terms of one lane's numbers.
+"""Weight decay of every kind in the notebook, as coefficients of one lane's parameter tensors.
 
-The term `decay` below is what the original adds to a gradient. Source: hyqneuron/regularizers `main.py`
-(`make_param_groups_with_proportional_variance`, `make_optimizer`), hyqneuron/pylibhuva `th_monitor`, `th_model`.
+Source: hyqneuron/regularizers `main.py` (`make_param_groups_with_proportional_variance`, `make_optimizer`) and
+hyqneuron/pylibhuva `th_monitor`, `th_model.get_topographic_decay_multiplier`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,28 @@ from trainables.vgg_decay.program import Layer, Program, last_conv, layers
 GRID = 3
 
 
+class Coefficients(NamedTuple):
+    """How one parameter tensor decays: 0-d each, `l2` of a topographic weight [out, in, 1, 1].
+
+    Args:
+        l2, l1: the rates; only one of them acts, see `uses_l1`.
+        uses_l1: bool, L1 in place of L2.
+        clamps: bool, what changes sign in a step becomes 0 (L1 overshoots 0 otherwise).
+        frozen: bool, never updated.
+    """
+
+    l2: Tensor
+    l1: Tensor
+    uses_l1: Tensor
+    clamps: Tensor
+    frozen: Tensor
+
+
+def term(coefficients: Coefficients, value: Tensor) -> Tensor:
+    """What decay adds to the gradient: l2 * w, or l1 * sign(w)."""
+    return torch.where(coefficients.uses_l1, coefficients.l1 * torch.sign(value), coefficients.l2 * value)
+
+
 def rates(program: Program, hyper: Hypers, init_variance: Tensor) -> dict[str, Tensor]:
     """L2 rate of each layer: wd / Var(W_init)^p / dup_mult^(max-pools before it) * the layer's factors.
 
@@ -24,9 +47,10 @@ def rates(program: Program, hyper: Hypers, init_variance: Tensor) -> dict[str, T
         init_variance: [layers], the sample variance of each weight as it was initialised.
     """
     table: dict[str, Tensor] = {}
-    for i, layer in enumerate(layers(program)):
-        rate = hyper["wd"] * init_variance[i] ** -hyper["inverse_variance"] * hyper["dup_mult"] ** -float(layer.pools)
-        rate = rate * hyper[f"stage{layer.stage}_mult" if layer.stage else "last2_mult"]
+    by_variance = (hyper["wd"] * init_variance ** -hyper["inverse_variance"]).unbind()
+    by_pools = [hyper["dup_mult"] ** -float(pools) for pools in range(len(program.widths) + 1)]
+    for layer, rate in zip(layers(program), by_variance, strict=True):
+        rate = rate * by_pools[layer.pools] * hyper[f"stage{layer.stage}_mult" if layer.stage else "last2_mult"]
         if layer.name == "logit":
             rate = rate * hyper["last1_mult"]
             rate = torch.where(hyper["logit_wd"] >= 0, hyper["logit_wd"], rate)
@@ -39,28 +63,29 @@ def init_variance(program: Program, params: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([params[f"{layer.name}.weight"].var() for layer in layers(program)])
 
 
-def term(program: Program, hyper: Hypers, layer: Layer, tensor: str, value: Tensor, rate: Tensor) -> Tensor:
-    """What decay adds to the gradient of one parameter tensor: rate * w * multiplier, or l1 * sign(w)."""
-    kind = tensor.rsplit(".", 1)[1]
-    l2 = rate * value
-    if kind == "weight":
-        multiplier = weight_multiplier(program, hyper, layer, value.device)
-        l2 = l2 if multiplier is None else l2 * multiplier
-    decay = torch.where(uses_l1(program, hyper, layer), hyper["l1"] * torch.sign(value), l2)
-    if kind == "weight":
-        return decay
-    return decay * (hyper["bias_decay"] if kind == "bias" else hyper["bn_decay"])
-
-
-def uses_l1(program: Program, hyper: Hypers, layer: Layer) -> Tensor:
-    """Bool: does this layer decay by L1? The front is conv1_1..conv4_2 in the notebook's net, the back the rest."""
-    front = 0 < layer.stage < len(program.widths)
-    return hyper["l1_front" if front else "l1_back"] > 0
-
-
-def clamps(program: Program, hyper: Hypers, layer: Layer) -> Tensor:
-    """Bool: is a weight of this layer whose sign changes in a step set to 0? (L1 overshoots 0 otherwise.)"""
-    return uses_l1(program, hyper, layer) & (hyper["l1"] != 0) & (hyper["l1_clamp"] > 0)
+def coefficients(program: Program, hyper: Hypers, init_variance: Tensor) -> dict[str, Coefficients]:
+    """Every parameter tensor's coefficients, in the order of the net."""
+    table: dict[str, Coefficients] = {}
+    speed = rates(program, hyper, init_variance)
+    factors = {"bias": hyper["bias_decay"], "gamma": hyper["bn_decay"], "beta": hyper["bn_decay"]}
+    never = hyper["wd"] != hyper["wd"]
+    # L1's front is conv1_1..conv4_2 in the notebook's net: every stage but the last
+    part_l1 = {front: hyper["l1_front" if front else "l1_back"] > 0 for front in (True, False)}
+    part_clamps = {front: on & (hyper["l1"] != 0) & (hyper["l1_clamp"] > 0) for front, on in part_l1.items()}
+    for layer in layers(program):
+        front = 0 < layer.stage < len(program.widths)
+        flag = topo_flag(program, hyper, layer)
+        frozen = never if flag is None else (flag > 0) & (hyper["topo_frozen_beta"] > 0)
+        for name in layer.tensors:
+            kind = name.rsplit(".", 1)[1]
+            l2, l1 = speed[layer.name], hyper["l1"]
+            if kind == "weight":
+                l2 = l2 if flag is None else l2 * topo_multiplier(hyper, flag, layer, l2.device)
+            else:
+                l2, l1 = l2 * factors[kind], l1 * factors[kind]
+            held = frozen if kind == "beta" else never
+            table[name] = Coefficients(l2, l1, part_l1[front], part_clamps[front], held)
+    return table
 
 
 # --- topographic decay ----------------------------------------------------------------------------------------------
@@ -85,18 +110,9 @@ def topo_flag(program: Program, hyper: Hypers, layer: Layer) -> Tensor | None:
     return hyper[names[layer.name]] if layer.name in names else None
 
 
-def weight_multiplier(program: Program, hyper: Hypers, layer: Layer, device: torch.device) -> Tensor | None:
-    """topo_base ^ distance for each pair of units, [out, in, 1, 1], or its mean with `topo_uniform`."""
-    flag = topo_flag(program, hyper, layer)
-    if flag is None:
-        return None
+def topo_multiplier(hyper: Hypers, flag: Tensor, layer: Layer, device: torch.device) -> Tensor:
+    """topo_base ^ distance for each pair of units, [out, in, 1, 1], or its mean with `topo_uniform`; 1 where off."""
     base, apart = hyper["topo_base"], distances(layer.outputs, layer.inputs, device)
     multiplier = torch.where(apart == 0, torch.ones_like(base), torch.where(apart == 1, base, base * base))
     multiplier = torch.where(hyper["topo_uniform"] > 0, multiplier.mean(), multiplier)
     return torch.where(flag > 0, multiplier, torch.ones_like(base))[:, :, None, None]
-
-
-def freezes_beta(program: Program, hyper: Hypers, layer: Layer) -> Tensor | None:
-    """Bool: is this layer's BatchNorm beta left alone, as the original's short multiplier list had it?"""
-    flag = topo_flag(program, hyper, layer)
-    return None if flag is None else (flag > 0) & (hyper["topo_frozen_beta"] > 0)

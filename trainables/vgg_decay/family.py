@@ -50,14 +50,14 @@ def step(program: Program, state: State, hyper: Hypers, batch: dict[str, Tensor]
     grads, (_, (running, logits, loss)) = grad_and_value(objective, has_aux=True)(params)
     per_epoch = steps_per_epoch(program)
     lr = updates.learning_rate(program, hyper, state["step"], per_epoch)
-    updated, memory = updates.update(
+    updated, memory, ratio = updates.update(
         program, hyper, state["step"], lr, params, grads, state["memory"], state["init_variance"]
     )
     correct = ((logits.argmax(1) == batch["labels"]) & batch["real"]).sum()
     metrics = {
         "train_loss": loss,
         "train_acc": correct.to(loss.dtype) * (per_epoch / _examples(program)),
-        "update_ratio": measures.update_ratio(params, updated),
+        "update_ratio": ratio,
         "lr": lr,
     }
     moved = {"params": updated, "running": running, "memory": memory, "step": state["step"] + 1}

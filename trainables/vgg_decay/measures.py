@@ -33,12 +33,6 @@ def weight_measures(program: Program, state: State) -> dict[str, Tensor]:
     return {name: dead_per_layer(program, params, limit).sum() for name, limit in THRESHOLDS.items()}
 
 
-def update_ratio(params: Mapping[str, Tensor], updated: Mapping[str, Tensor]) -> Tensor:
-    """||update|| / ||parameters||, all tensors together."""
-    moved = torch.stack([((updated[name] - value) ** 2).sum() for name, value in params.items()]).sum()
-    return torch.sqrt(moved / torch.stack([(value * value).sum() for value in params.values()]).sum())
-
-
 def inspect(program: Program, state: State, hyper: Hypers) -> dict[str, Tensor]:
     """Covariates at an epoch's end, [layers] each unless said otherwise, in the order conv1_1 .. logit.
 

@@ -21,24 +21,27 @@ from torch import Tensor
 
 from trainables.family import Hypers
 from trainables.vgg_decay import decay
-from trainables.vgg_decay.program import Layer, Program, layers
+from trainables.vgg_decay.decay import Coefficients
+from trainables.vgg_decay.packing import VECTORS, Packed, norms, pack, sums, unpack, vector_lengths
+from trainables.vgg_decay.program import Program, layers
 
-Tensors = dict[str, Tensor]
 NORM_EPSILON = 1e-8
 SEEN = ("weight", "gradient", "decay", "projection", "update")
 
+Memory = dict[str, Packed]
 
-def init_memory(program: Program, params: Mapping[str, Tensor]) -> dict[str, Tensors]:
-    """What an update remembers: momentum, the norms' averages, Adam's second moments, and the last step's norms."""
+
+def init_memory(program: Program, params: Mapping[str, Tensor]) -> Memory:
+    """What an update remembers, packed: momentum, norms' averages, Adam's second moments, the last step's norms."""
+    packed = pack(program, params)
+    unseen = torch.zeros_like(params["logit.bias"][:1]).repeat(len(layers(program)))
     memory = {
-        "momentum": {name: torch.zeros_like(value) for name, value in params.items()},
-        "norm": {name: torch.zeros_like(value.sum()) for name, value in params.items()},
-        "seen": {
-            name: torch.stack([torch.zeros_like(params["logit.bias"].sum())] * len(layers(program))) for name in SEEN
-        },
+        "momentum": {name: torch.zeros_like(value) for name, value in packed.items()},
+        "norm": {name: torch.zeros_like(norms(value)) for name, value in packed.items()},
+        "seen": {name: unseen.clone() for name in SEEN},
     }
     if program.optimizer == "adam":
-        memory["second"] = {name: torch.zeros_like(_shared(program, value)) for name, value in params.items()}
+        memory["second"] = {name: torch.zeros_like(_shared(program, value)) for name, value in packed.items()}
     return memory
 
 
@@ -49,9 +52,9 @@ def update(
     lr: Tensor,
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
-    memory: Mapping[str, Tensors],
+    memory: Memory,
     init_variance: Tensor,
-) -> tuple[Tensors, dict[str, Tensors]]:
+) -> tuple[dict[str, Tensor], Memory, Tensor]:
     """The parameters and the memory after one update.
 
     Args:
@@ -59,28 +62,43 @@ def update(
         lr: 0-d, this step's learning rate.
 
     Returns:
-        (params, memory). memory["seen"] holds, for each layer's weight, the norms of the weight, gradient and decay
-        before the update, of the update itself, and the gradient's projection on the decay, [layers] each.
+        (params, memory, ratio). memory["seen"] holds, for each layer's weight, the norms of the weight, gradient and
+        decay before the update, of the update itself, and the gradient's projection on the decay, [layers] each.
+        ratio: 0-d, ||update|| / ||parameters||, all tensors together.
     """
-    rates = decay.rates(program, hyper, init_variance)
-    updated: Tensors = {}
-    kept: dict[str, Tensors] = {name: {} for name in memory if name != "seen"}
+    values, slopes = pack(program, params), pack(program, grads)
+    factors = _packed_coefficients(program, decay.coefficients(program, hyper, init_variance))
+    outside = hyper["decay_outside"] > 0
+    updated: Packed = {}
+    kept: Memory = {name: {} for name in memory if name != "seen"}
     seen: dict[str, list[Tensor]] = {name: [] for name in SEEN}
-    for layer in layers(program):
-        for name in layer.tensors:
-            value, grad = params[name], grads[name]
-            term = decay.term(program, hyper, layer, name, value, rates[layer.name])
-            outside = hyper["decay_outside"] > 0
-            direction = _direction(program, hyper, step, name, torch.where(outside, grad, grad + term), memory, kept)
-            scale = _scale(hyper, step, name, value, direction, memory, kept)
-            moved = value - lr * (scale * direction + torch.where(outside, term, 0.0))
-            updated[name] = _restrained(program, hyper, layer, name, value, moved)
-            if name.endswith(".weight"):
-                _note(seen, value, grad, term, updated[name])
-    return updated, {**kept, "seen": {name: torch.stack(values) for name, values in seen.items()}}
+    for name, value in values.items():
+        term = decay.term(factors[name], value)
+        inside = slopes[name] + torch.where(outside, 0.0, term)
+        direction = _direction(program, hyper, step, name, inside, memory, kept)
+        length = norms(value)
+        scale = _scale(hyper, step, name, length, direction, memory, kept)
+        moved = value - lr * (scale * direction + torch.where(outside, term, 0.0))
+        moved = torch.where(factors[name].clamps & (value * moved < 0), 0.0, moved)
+        updated[name] = torch.where(factors[name].frozen, value, moved)
+        for key, found in zip(SEEN, _seen(length, value, slopes[name], term, updated[name]), strict=True):
+            seen[key].append(found)
+    ratio = _whole(seen["update"]) / _whole(seen["weight"])
+    kept["seen"] = {name: torch.stack(found[:-1]) for name, found in seen.items()}
+    return unpack(program, updated), kept, ratio
 
 
-def _direction(program, hyper, step, name, d, memory, kept) -> Tensor:
+def _packed_coefficients(program: Program, table: Mapping[str, Coefficients]) -> dict[str, Coefficients]:
+    """Weights' coefficients as they are; the vectors' as columns, one row each."""
+    packed = {name: found for name, found in table.items() if name.endswith(".weight")}
+    columns = zip(*(table[name] for name in vector_lengths(program)), strict=True)
+    packed[VECTORS] = Coefficients(*(torch.stack(column)[:, None] for column in columns))
+    return packed
+
+
+def _direction(
+    program: Program, hyper: Hypers, step: Tensor, name: str, d: Tensor, memory: Memory, kept: Memory
+) -> Tensor:
     if program.optimizer == "adam":
         return _adam(program, hyper, step, name, d, memory, kept)
     velocity = hyper["momentum"] * memory["momentum"][name] + d
@@ -88,7 +106,7 @@ def _direction(program, hyper, step, name, d, memory, kept) -> Tensor:
     return torch.where(hyper["nesterov"] > 0, d + hyper["momentum"] * velocity, velocity)
 
 
-def _adam(program, hyper, step, name, d, memory, kept) -> Tensor:
+def _adam(program: Program, hyper: Hypers, step: Tensor, name: str, d: Tensor, memory: Memory, kept: Memory) -> Tensor:
     """Adam (Kingma & Ba 2015); second moments of a unit or a layer are means of the squares they share."""
     b1, b2, count = hyper["beta1"], hyper["beta2"], (step + 1).to(d.dtype)
     first = b1 * memory["momentum"][name] + (1 - b1) * d
@@ -98,43 +116,39 @@ def _adam(program, hyper, step, name, d, memory, kept) -> Tensor:
 
 
 def _shared(program: Program, squares: Tensor) -> Tensor:
-    """Squares pooled over what shares a second moment; a unit is one output channel."""
-    if program.second_moment == "element" or (program.second_moment == "unit" and squares.dim() == 1):
+    """Packed squares, pooled over what shares a second moment. A unit is an output channel; a vector has one each."""
+    if program.second_moment == "element" or (program.second_moment == "unit" and squares.dim() == 2):
         return squares
-    first = 0 if program.second_moment == "layer" else 1
-    return squares.mean(tuple(range(first, squares.dim())), keepdim=True)
+    if squares.dim() == 2:  # sums over lengths: the rows are filled up with zeros
+        return torch.stack([row.sum(0, keepdim=True) / n for row, n in zip(squares, _lengths(program), strict=True)])
+    return squares.mean((0, 1, 2, 3) if program.second_moment == "layer" else (1, 2, 3), keepdim=True)
 
 
-def _scale(hyper, step, name, value, direction, memory, kept) -> Tensor:
-    length = _norm(direction)
+def _lengths(program: Program) -> tuple[int, ...]:
+    return tuple(vector_lengths(program).values())
+
+
+def _scale(
+    hyper: Hypers, step: Tensor, name: str, weight: Tensor, direction: Tensor, memory: Memory, kept: Memory
+) -> Tensor:
+    length = norms(direction)
     average = hyper["norm_ema"] * memory["norm"][name] + (1 - hyper["norm_ema"]) * length
     average = torch.where(step == 0, length, average)
     kept["norm"][name] = average
-    weight = torch.maximum(_norm(value), hyper["norm_floor"])
-    factor = torch.where(hyper["by_weight"] > 0, weight, 1.0) / (average + NORM_EPSILON)
-    return torch.where(hyper["normalize"] > 0, factor, 1.0)
+    by = torch.where(hyper["by_weight"] > 0, torch.maximum(weight, hyper["norm_floor"]), 1.0)
+    return torch.where(hyper["normalize"] > 0, by / (average + NORM_EPSILON), 1.0)
 
 
-def _restrained(program: Program, hyper: Hypers, layer: Layer, name: str, old: Tensor, new: Tensor) -> Tensor:
-    """L1's clamp at 0, and the beta that the original never updated."""
-    new = torch.where(decay.clamps(program, hyper, layer) & (old * new < 0), 0.0, new)
-    frozen = decay.freezes_beta(program, hyper, layer)
-    if name.endswith(".beta") and frozen is not None:
-        new = torch.where(frozen, old, new)
-    return new
+def _seen(length: Tensor, value: Tensor, slope: Tensor, term: Tensor, moved: Tensor) -> tuple[Tensor, ...]:
+    """In the order of SEEN."""
+    decayed = norms(term)
+    projection = sums(term * slope) / (decayed + NORM_EPSILON)
+    return length, norms(slope), decayed, projection, norms(moved - value)
 
 
-def _note(seen, value: Tensor, grad: Tensor, term: Tensor, new: Tensor) -> None:
-    length = _norm(term)
-    seen["weight"].append(_norm(value))
-    seen["gradient"].append(_norm(grad))
-    seen["decay"].append(length)
-    seen["projection"].append((term * grad).sum() / (length + NORM_EPSILON))
-    seen["update"].append(_norm(new - value))
-
-
-def _norm(value: Tensor) -> Tensor:
-    return torch.sqrt((value * value).sum())
+def _whole(lengths: list[Tensor]) -> Tensor:
+    """Norm of all parameters from the norms of the packed tensors."""
+    return torch.sqrt(torch.stack([(length * length).sum() for length in lengths]).sum())
 
 
 def learning_rate(program: Program, hyper: Hypers, step: Tensor, per_epoch: int) -> Tensor:
