@@ -296,10 +296,10 @@ PRODUCT = (
             (
                 Range("wd", 1e-5, 1e-2, log=True),
                 Range("last1_mult", 1.0, 100.0, log=True),
-                Range("lr", 0.02, 0.5, log=True),
+                Range("lr", 0.05, 1.0, log=True),
             )
         ),
-        {**SMALL, "inverse_variance": 1.0, "dup_mult": 2.0, "halve_every": 4.0},
+        {**SMALL, "inverse_variance": 1.0, "dup_mult": 2.0, "halve_every": 3.0},
         seeds=2,
         searcher="optuna",
         scheduler="asha",

@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
     "data": "digits",
     "widths": (8, 16, 32),
     "batch": 64,
-    "epochs": 12,
+    "epochs": 9,
     "flip": 0.0,
     "translate": 1.0,
 }
