@@ -12,7 +12,7 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Range, Space
 from search_spaces.sweeps import Sweep, Sweeps
-from trainables.vgg_decay.presets import IXP2, NOTEBOOK, SMALL, VAR_DUP2
+from trainables.vgg_decay.presets import IXP2, MODERN, NOTEBOOK, SMALL, VAR_DUP2
 
 DXP4 = {**NOTEBOOK, **VAR_DUP2}
 IXP = {**NOTEBOOK, **IXP2}
@@ -296,7 +296,7 @@ PRODUCT = (
             (
                 Range("wd", 1e-5, 1e-2, log=True),
                 Range("last1_mult", 1.0, 100.0, log=True),
-                Range("lr", 0.05, 1.0, log=True),
+                Range("lr", 0.05, 0.5, log=True),
             )
         ),
         {**SMALL, "inverse_variance": 1.0, "dup_mult": 2.0, "halve_every": 3.0},
@@ -304,6 +304,14 @@ PRODUCT = (
         searcher="optuna",
         scheduler="asha",
         trials=16,
+    ),
+    Sweep(
+        "modern",
+        "CIFAR-10 with a present-day recipe: shifts, cutout, Nesterov momentum, cosine, smoothing; meant for 94 %",
+        "product",
+        Space(),
+        MODERN,
+        seeds=3,
     ),
     Sweep(
         "best",

@@ -139,7 +139,7 @@ def test_wishes_and_controls_hold_their_values():
     }
 
 
-@pytest.mark.parametrize("name", ["demo", "best"])
+@pytest.mark.parametrize("name", ["demo", "best", "modern"])
 def test_product_sweeps_build_everywhere(name):
     sweep = SWEEPS.find(None if name == "demo" else name)
     assert sweep.name == name
