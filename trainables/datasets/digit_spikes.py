@@ -1,8 +1,8 @@
 """The bundled 8x8 digits as spikes: a column at a time, brighter pixels spike earlier and on more units.
 
-Encoder: pixel (row r, column j) of brightness I (0..16) belongs to the eight units 8 r + k, k = 0..7. Unit 8 r + k spikes
-once in the 40 ms of column j if I > 2 k, at 40 j + 36 (1 - I / 16) ms. So a digit is up to 320 ms of 64 units: which
-units says how bright, when says both where and how bright.
+Encoder: pixel (row r, column j) of brightness I (0..16) belongs to the eight units 8 r + k, k = 0..7. Unit 8 r + k
+spikes once in the 40 ms of column j if I > 2 k, at 40 j + 36 (1 - I / 16) ms. So a digit is up to 320 ms of 64 units:
+which units says how bright, when says both where and how bright.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 1. the clip, scaled to a peak of 1; power spectrum of 32 ms Hann windows every 2 ms, zero-padded to 1,024 points;
 2. 700 triangular filters, even on the mel scale from 60 to 3,900 Hz, each of unit sum; each channel in dB;
 3. drive = (dB - (loudest channel and time of the clip - 45)) / 45, cut to 0..1;
-4. a non-leaky integrate-and-fire unit a channel, at most 150 spikes/s: phase += 150 * drive * 2 ms, a spike whenever the
-   phase passes a whole number, starting from the fractional part of 0.618... * channel so that neighbours do not fire
-   together.
+4. a non-leaky integrate-and-fire unit a channel, at most 150 spikes/s: phase += 150 * drive * 2 ms, a spike whenever
+   the phase passes a whole number, starting from the fractional part of 0.618... * channel so that neighbours do not
+   fire together.
 """
 
 from __future__ import annotations

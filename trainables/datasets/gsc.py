@@ -1,8 +1,9 @@
 """Google Speech Commands v2 (Warden 2018), 35 words: folders of one-second wav files -> log-mel frames.
 
-As github.com/Thvnvtos/CSNN-1D-Delays (data.py): pad or cut to 1 s at 16 kHz, down to 8 kHz, power spectrum (periodic Hann
-window, reflected edges), mel filters (HTK scale, 0 to 4,000 Hz, triangles of height 1), 10 log10. The split is the
-set's own `validation_list.txt` and `testing_list.txt`; only files with `_nohash_` in their name count, as in torchaudio.
+As github.com/Thvnvtos/CSNN-1D-Delays (data.py): pad or cut to 1 s at 16 kHz, down to 8 kHz, power spectrum (periodic
+Hann window, reflected edges), mel filters (HTK scale, 0 to 4,000 Hz, triangles of height 1), 10 log10. The split is the
+set's own `validation_list.txt` and `testing_list.txt`; only files with `_nohash_` in their name count, as in
+torchaudio.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from trainables.datasets.cache import cached, find_files
 from trainables.family import BadValue
 
 RATE = 16000
+# fmt: off
 WORDS = (
-    "backward bed bird cat dog down eight five follow forward four go happy house learn left marvin nine no off on one "
-    "right seven sheila six stop three tree two up visual wow yes zero"
-).split()
+    "backward", "bed", "bird", "cat", "dog", "down", "eight", "five", "follow", "forward", "four", "go", "happy",
+    "house", "learn", "left", "marvin", "nine", "no", "off", "on", "one", "right", "seven", "sheila", "six", "stop",
+    "three", "tree", "two", "up", "visual", "wow", "yes", "zero",
+)
+# fmt: on
 LISTS = ("validation_list.txt", "testing_list.txt")
 
 

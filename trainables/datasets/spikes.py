@@ -2,8 +2,8 @@
 
 One HDF5 file a split (Cramer et al. 2022, zenkelab.org/datasets): `spikes/times` (seconds, one variable-length array a
 sample), `spikes/units` (channel of each event), `labels`. Events become frames as spikingjelly's
-`_integrate_events_by_fixed_duration` does it: time from the sample's first event in ms, ceil(last / dt) frames, COUNTS of
-events, the last frame taking what is left; then `bins` neighbouring channels are summed (a remainder is dropped).
+`_integrate_events_by_fixed_duration` does it: time from the sample's first event in ms, ceil(last / dt) frames, COUNTS
+of events, the last frame taking what is left; then `bins` neighbouring channels are summed (a remainder is dropped).
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def stack_frames(
     x = np.zeros((len(counts), int(length.max()), channels // bins), np.uint8)
     for i, count in enumerate(counts):
         if count.size and count.max() > 255:
-            raise BadValue(f"{where}: sample {i} has {count.max()} events in one frame, above 255: take a smaller dt_ms")
+            raise BadValue(
+                f"{where}: sample {i} has {count.max()} events in one frame, above 255: take a smaller dt_ms"
+            )
         x[i, : len(count)] = count
     return {"x": x, "length": length}
 

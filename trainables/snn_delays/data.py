@@ -1,7 +1,7 @@
 """Arrays, splits and batches.
 
-A set without a validation split of its own gives up part of its training set, the same part for every run: balanced over
-classes, chosen by a fixed hash. The test set is read after the last epoch only.
+A set without a validation split of its own gives up part of its training set, the same part for every run: balanced
+over classes, chosen by a fixed hash. The test set is read after the last epoch only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Delay kernels with learned positions (dilated convolution with learnable spacings, along time).
 
-One weight w has one delay: a bump of area w on the time axis of a kernel of K taps, centred at c = P + K // 2. The input
-is padded by K - 1 steps on the left and cross-correlated, so that c = K - 1 (P = K // 2, "right-most") is no delay and
-c = 0 a delay of K - 1 steps. Formulas of github.com/K-H-Ismail/Dilated-Convolution-with-Learnable-Spacings-PyTorch
+One weight w has one delay: a bump of area w on the time axis of a kernel of K taps, centred at c = P + K // 2. The
+input is padded by K - 1 steps on the left and cross-correlated, so that c = K - 1 (P = K // 2, "right-most") is no
+delay and c = 0 a delay of K - 1 steps. Formulas of github.com/K-H-Ismail/Dilated-Convolution-with-Learnable-Spacings-PyTorch
 (`Dcls1d`, `Dcls2_1d`); schedule of github.com/Thvnvtos/CSNN-1D-Delays (csnnext_delays.py, config.py).
 """
 
@@ -29,8 +29,8 @@ def kernel(
         weight, position: any equal shape [...]; positions in steps around the kernel's middle.
         sigma: width, 0-d.
         taps: K.
-        reach: how many of the K taps may be used, 0-d, odd and at most K: the rest, at the long-delay end, are zero, and
-            what is left is the kernel of K = reach.
+        reach: how many of the K taps may be used, 0-d, odd and at most K: the rest, at the long-delay end, are zero,
+            and what is left is the kernel of K = reach.
         version: "max", "gauss" or "v1".
         gauss_floor: added to |sigma| for "gauss".
 
@@ -80,8 +80,8 @@ def reach_of(delay_ms: Tensor, dt_ms: float, taps: int) -> Tensor:
 def sigma_at(start: Tensor, share: Tensor, epochs: int, elapsed: Tensor, version: str) -> Tensor:
     """Width of the bumps during training.
 
-    Falls by the same factor each epoch from `start` to `SIGMA_END` at epoch floor(share * epochs), then drops to 0 ("max")
-    or stays at .23 ("gauss"). A start of 0 stays 0.
+    Falls by the same factor each epoch from `start` to `SIGMA_END` at epoch floor(share * epochs), then drops to 0
+    ("max") or stays at .23 ("gauss"). A start of 0 stays 0.
 
     Args:
         start: sigma in the first epoch, in steps, 0-d.

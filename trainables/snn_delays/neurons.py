@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-# --- the two operators: [groups, rows, time, positions], one decay and one alpha a group -------------------------------
+# --- the two operators: [groups, rows, time, positions], one decay and one alpha a group ------------------------------
 
 
 @torch.library.custom_op("lanewise::lif_forward", mutates_args=())

@@ -213,7 +213,7 @@ def validate(program: Program) -> None:
             f"stem = {program.stem} on {inputs(program)} inputs leaves no position for stage {stages}: "
             "take a smaller stem, fewer bins or fewer stages"
         )
-    if not SETS[program.data][1] and program.selection == "validation" and not 0 < split_sizes(program)[1]:
+    if not SETS[program.data][1] and program.selection == "validation" and split_sizes(program)[1] < 1:
         raise BadValue(
             f"valid_fraction = {program.valid_fraction} leaves nothing to select on: give a share above 0, or "
             "selection = test to select on the test set as the original did"

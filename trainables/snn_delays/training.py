@@ -1,7 +1,7 @@
 """One update, one evaluation, and what is read off a lane at the end of an epoch.
 
-Loss and optimisers of github.com/Thvnvtos/CSNN-1D-Delays (model.py, csnnext_delays.py): m = sum over time of the softmax
-over classes of the membranes; cross-entropy of m (a second softmax); the class is the largest m.
+Loss and optimisers of github.com/Thvnvtos/CSNN-1D-Delays (model.py, csnnext_delays.py): m = sum over time of the
+softmax over classes of the membranes; cross-entropy of m (a second softmax); the class is the largest m.
 """
 
 from __future__ import annotations
@@ -103,11 +103,14 @@ def _update(program: Program, state: State, hyper: Hypers, grads: model.Tensors,
     weights = [name for name in params if not name.endswith(".position")]
     places = [name for name in params if name.endswith(".position")]
     rates = {name: rate * _rate_of(name, hyper) for name in weights}
-    parts = []
-    for names, lr, b1 in ((weights, rates, beta1), (places, hyper["lr_pos"] * cosine, 0.9)):
-        chosen = ({name: tree[name] for name in names} for tree in (params, decayed, state["mu"], state["nu"]))
-        parts.append(optimizers.adam(*chosen, count, lr, b1=b1))
-    updated, mu, nu = ({**first, **second} for first, second in zip(*parts, strict=True))
+
+    def adam(names: list[str], lr: Tensor | model.Tensors, b1: Tensor | float):
+        chosen = {name: decayed[name] for name in names}
+        return optimizers.adam(params, chosen, state["mu"], state["nu"], count, lr, b1=b1)
+
+    parts = (adam(weights, rates, beta1), adam(places, hyper["lr_pos"] * cosine, 0.9))
+    # in the order of `params`, or torch.compile would see another state after the first step
+    updated, mu, nu = ({name: {**one, **two}[name] for name in params} for one, two in zip(*parts, strict=True))
     for stage, name in model.blocks(program):
         key = f"{name}.position"
         updated[key] = delays.clamp(updated[key], model.taps(program, stage), model.reach(program, hyper, stage))
