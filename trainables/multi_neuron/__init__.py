@@ -9,7 +9,7 @@ from trainables.multi_neuron.data import batch, load, order, test_order
 from trainables.multi_neuron.metrics import METRICS, summarize
 from trainables.multi_neuron.monitor import inspect
 from trainables.multi_neuron.presets import PRESETS
-from trainables.multi_neuron.program import Hyper, Program, schedule, validate
+from trainables.multi_neuron.program import COVARIATES, Hyper, Program, schedule, validate
 from trainables.multi_neuron.training import evaluate, init, step
 
 _MLP = {"widths": (6, 5), "batch": 8, "epochs": 2, "epoch_steps": 25, "choices": 3, "eval_batch": 120}
@@ -32,7 +32,7 @@ _TASKS = {"batch": 6, "epochs": 1, "epoch_steps": 4, "tasks": 5, "eval_batch": 1
 _CNN = {**_TASKS, "model": "cnn", "channels": (2, 3), "hidden": 5}
 
 CASES = {
-    "softmax": Case(_MLP, {"lr": 0.1, "active": 2.0}),
+    "softmax": Case({**_MLP, "covariates": COVARIATES}, {"lr": 0.1, "active": 2.0}),
     "sigmoid": Case({**_MLP, "choices": 2, "selector": "sigmoid"}, {"lr": 0.1, "ste_sign": -1.0}),
     "plain": Case({**_MLP, "choices": 1}, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clip": 0.4}),
     "growing": Case(

@@ -14,6 +14,7 @@ from trainables.family import BadValue, Hypers, Schedule
 from trainables.multi_neuron.sets import IMAGE_SETS
 
 CLASSES = 10
+COVARIATES = ("share", "balance", "entropy", "gradient", "cosine")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Program:
             linear2, linear_out), "all" (the attention projections too) or "body" (all but linear_out).
         explore: with selector noise (hypers epsilon, gumbel, explore_until).
         growing: with a schedule of the number of choices (hypers active_2, active_3, grow_1, grow_2, grow_copies).
-        monitor: record selection shares, entropies and gradient sizes (not part of a config's identity).
+        covariates: what else to record of every multi-neuron layer, of `COVARIATES` (not part of a config's identity).
         widths: hidden layers of the mlp.
         layers, d_model, heads, feedforward, sequence: the transformer.
         norm: "post" (as the notebook) or "pre" layer norm.
@@ -73,7 +74,7 @@ class Program:
     custom: str = "all"
     explore: bool = False
     growing: bool = False
-    monitor: bool = field(default=True, metadata={"identity": False})
+    covariates: tuple[str, ...] = field(default=(), metadata={"identity": False})
     widths: tuple[int, ...] = (64, 64)
     layers: int = 2
     d_model: int = 256
@@ -101,7 +102,7 @@ class Hyper:
         clip: largest global gradient norm; 0 = no clipping.
         dropout: rate in the transformer, and after the cnn's pooling. dropout_hidden: after the cnn's hidden layer.
         active: computation neurons in use, the first `active` of `choices`; 0 = all.
-        ste_sign: 1 = straight-through gradient; -1 = negated (the notebook's sigmoid neuron); 0 = none: frozen selector.
+        ste_sign: 1 = straight-through gradient; -1 = negated (as the notebook's sigmoid); 0 = none (frozen selector).
         selector_lr: multiplies the selectors' learning rate; 0 = selectors are not updated.
         upstream: 1 = the selector passes gradient on to the layer's input; 0 = it sees the detached input.
         unselected: 1 = the selector's gradient hears of all outputs; 0 = of the selected neuron's only.
@@ -183,6 +184,9 @@ def validate(program: Program) -> None:
         raise BadValue(f"the sigmoid selector chooses between 2 neurons, not choices = {program.choices}: use softmax")
     if program.choices == 1 and (program.explore or program.growing):
         raise BadValue("explore and growing need choices above 1")
+    for name in program.covariates:
+        if name not in COVARIATES:
+            raise BadValue(f"covariate '{name}' is not one of {', '.join(COVARIATES)}")
     if program.model == "transformer":
         _validate_text(program)
     else:

@@ -25,7 +25,7 @@ def init(program: Program, hyper: Hypers, seed: Tensor) -> State:
         state["velocity"] = zeros_like(params)
     else:
         state |= {"mu": zeros_like(params), "nu": zeros_like(params)}
-    if program.monitor and program.choices > 1:
+    if monitor.sums_up(program):
         state["monitor"] = monitor.empty(program, params)
     if program.fisher != "none":
         state["ewc"] = continual.empty(params)
@@ -48,8 +48,8 @@ def step(program: Program, state: State, hyper: Hypers, batch: Mapping[str, Tens
     grads, (value, (accuracy, chosen)) = grad_and_value(loss, has_aux=True)(params)
     metrics = {"train_loss": value, "train_acc": accuracy}
     new: State = {"seed": state["seed"], "step": state["step"] + 1}
-    if program.monitor and program.choices > 1:
-        metrics |= monitor.metrics(chosen)
+    metrics |= monitor.metrics(chosen)
+    if monitor.sums_up(program):
         new["monitor"] = monitor.accumulated(state["monitor"], chosen, grads, clock)
     if program.fisher != "none":
         ewc = continual.folded(program, state["ewc"], params, clock)
