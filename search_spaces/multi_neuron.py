@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from search_spaces.space import Arms, Choice, Range, Space
+from search_spaces.space import Arms, Axis, Choice, Range, Space
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.multi_neuron.mlp import matched_width
 from trainables.multi_neuron.presets import PRESETS
@@ -22,10 +22,10 @@ AS_CODED: Fields = {**TEXT, "custom": "all", "causal": 0.0, "fan_3d": 1.0}
 MENDED: Fields = {**TEXT, "custom": "all", "causal": 1.0, "fan_3d": 0.0}
 TASKS: Fields = PRESETS["split_mnist"]
 
-NUMBERS = (1.0, 2.0, 3.0, 4.0, 5.0)
+GROWING: Fields = {"active": 1.0, "active_2": 2.0, "active_3": 5.0, "grow_1": 2.0, "grow_2": 4.0}
 
-DEPTHS = (1, 2, 4, 8, 16, 32)
-WIDTHS = (64, 256, 1024, 4096, 16384, 65536)
+NUMBERS = (1.0, 2.0, 3.0, 4.0, 5.0)
+DEPTHS, WIDTHS = (1, 2, 4, 8, 16, 32), (64, 256, 1024, 4096, 16384, 65536)
 
 
 def one(label: str, **fields: Any) -> Space:
@@ -33,9 +33,13 @@ def one(label: str, **fields: Any) -> Space:
     return arms("net", {label: fields})
 
 
+def space(*axes: Axis) -> Space:
+    return Space(axes)
+
+
 def arms(name: str, values: dict[str, Fields]) -> Space:
     """A space of one axis of named arms."""
-    return Space((Arms(name, values),))
+    return space(Arms(name, values))
 
 
 NOTEBOOK = (
@@ -61,7 +65,7 @@ NOTEBOOK = (
         "n_choices",
         "MNIST, 1 to 5 computation neurons, softmax selector (1 = the plain MLP)",
         "notebook",
-        Space((Choice("N", NUMBERS, sets="active"),)),
+        space(Choice("N", NUMBERS, sets="active")),
         MNIST,
         metric="test_acc",
     ),
@@ -98,7 +102,7 @@ NOTEBOOK = (
         "tf_n",
         "text, all layers multi-neuron, N 5, 50, 75, as coded",
         "notebook",
-        Space((Choice("N", (5, 50, 75), sets="choices"),)),
+        space(Choice("N", (5, 50, 75), sets="choices")),
         AS_CODED,
     ),
     Sweep(
@@ -167,22 +171,8 @@ WISHES = (
             {
                 "2": {"active": 2.0},
                 "5": {"active": 5.0},
-                "1-2-5 copies": {
-                    "active": 1.0,
-                    "active_2": 2.0,
-                    "active_3": 5.0,
-                    "grow_1": 2.0,
-                    "grow_2": 4.0,
-                    "grow_copies": 1.0,
-                },
-                "1-2-5 fresh": {
-                    "active": 1.0,
-                    "active_2": 2.0,
-                    "active_3": 5.0,
-                    "grow_1": 2.0,
-                    "grow_2": 4.0,
-                    "grow_copies": 0.0,
-                },
+                "1-2-5 copies": {**GROWING, "grow_copies": 1.0},
+                "1-2-5 fresh": {**GROWING, "grow_copies": 0.0},
                 "5-2 at epoch 2": {"active": 5.0, "active_2": 2.0, "grow_1": 2.0},
                 "5-2 at epoch 4": {"active": 5.0, "active_2": 2.0, "grow_1": 4.0},
             },
@@ -213,11 +203,9 @@ WISHES = (
         "cl_multi_ewc",
         "Split-MNIST, plain and multi-neuron (N 2) nets under EWC with the per-sample Fisher, lr 1e-3",
         "wish",
-        Space(
-            (
-                Arms("net", {"plain": {"choices": 1}, "multi": {"choices": 2}}),
-                Choice("lambda", (0.0, 1e2, 1e3, 1e4), sets="ewc_lambda"),
-            )
+        space(
+            Arms("net", {"plain": {"choices": 1}, "multi": {"choices": 2}}),
+            Choice("lambda", (0.0, 1e2, 1e3, 1e4), sets="ewc_lambda"),
         ),
         {**TASKS, "fisher": "sample", "lr": 1e-3},
         seeds=3,
@@ -227,7 +215,7 @@ WISHES = (
         "cosine_n",
         "n_choices with the mean pairwise cosine, N 2 to 5",
         "wish",
-        Space((Choice("N", NUMBERS[1:], sets="active"),)),
+        space(Choice("N", NUMBERS[1:], sets="active")),
         MNIST,
         seeds=3,
         metric="test_acc",
@@ -252,7 +240,7 @@ WISHES = (
         "oom",
         "text, N 75, 150, 300 with every layer but linear_out multi-neuron",
         "wish",
-        Space((Choice("N", (75, 150, 300), sets="choices"),)),
+        space(Choice("N", (75, 150, 300), sets="choices")),
         {**MENDED, "custom": "body"},
     ),
 )
@@ -304,13 +292,7 @@ CONTROLS = (
         "tf_entropy",
         "where low selector entropy comes from: embedding scale (16 or 1), norm post or pre, selector trained or not",
         "control",
-        Space(
-            (
-                Choice("norm", ("post", "pre")),
-                Choice("embed_scale", (1.0, 0.0625)),
-                Choice("selector_lr", (1.0, 0.0)),
-            )
-        ),
+        space(Choice("norm", ("post", "pre")), Choice("embed_scale", (1.0, 0.0625)), Choice("selector_lr", (1.0, 0.0))),
         {**MENDED, "choices": 5},
         seeds=3,
         covariates=("entropy",),
@@ -319,13 +301,11 @@ CONTROLS = (
         "cl_lambda",
         "plain net, batch-mean or per-sample Fisher, with past data or without, over lr and lambda",
         "control",
-        Space(
-            (
-                Choice("fisher", ("batch", "sample")),
-                Choice("union", (True, False)),
-                Choice("lr", (1e-5, 1e-3)),
-                Choice("lambda", (0.0, 1e2, 1e3, 1e4, 1e5), sets="ewc_lambda"),
-            )
+        space(
+            Choice("fisher", ("batch", "sample")),
+            Choice("union", (True, False)),
+            Choice("lr", (1e-5, 1e-3)),
+            Choice("lambda", (0.0, 1e2, 1e3, 1e4, 1e5), sets="ewc_lambda"),
         ),
         TASKS,
         seeds=3,
@@ -338,13 +318,11 @@ PRODUCT = (
         "demo",
         "bundled digits: how many computation neurons, which selector gradient, which learning rate",
         "product",
-        Space(
-            (
-                Choice("N", (1.0, 2.0, 3.0, 5.0), sets="active"),
-                Range("lr", 0.01, 1.0, log=True),
-                Choice("ste_sign", (-1.0, 0.0, 1.0)),
-                Range("temperature", 0.3, 3.0, log=True),
-            )
+        space(
+            Choice("N", (1.0, 2.0, 3.0, 5.0), sets="active"),
+            Range("lr", 0.01, 1.0, log=True),
+            Choice("ste_sign", (-1.0, 0.0, 1.0)),
+            Range("temperature", 0.3, 3.0, log=True),
         ),
         {"data": "digits", "choices": 5, "widths": (32, 32), "batch": 32, "epochs": 8},
         seeds=2,
@@ -357,7 +335,7 @@ PRODUCT = (
         "demo_text",
         "Python's documentation, a small transformer: learning rate and number of computation neurons",
         "product",
-        Space((Choice("N", (1.0, 2.0, 3.0), sets="active"), Range("lr", 1e-3, 3e-2, log=True))),
+        space(Choice("N", (1.0, 2.0, 3.0), sets="active"), Range("lr", 1e-3, 3e-2, log=True)),
         {
             "data": "pydoc",
             "model": "transformer",
@@ -384,12 +362,7 @@ PRODUCT = (
         "demo_tasks",
         "bundled digits in five tasks: EWC's lambda, class- and task-incremental",
         "product",
-        Space(
-            (
-                Choice("scenario", ("class", "task")),
-                Choice("lambda", (0.0, 1e2, 1e3, 1e4), sets="ewc_lambda"),
-            )
-        ),
+        space(Choice("scenario", ("class", "task")), Choice("lambda", (0.0, 1e2, 1e3, 1e4), sets="ewc_lambda")),
         {
             "data": "digits",
             "widths": (32,),
@@ -407,16 +380,14 @@ PRODUCT = (
         "best",
         "MNIST, selected on validation images: ranges around the notebook's softmax nets",
         "product",
-        Space(
-            (
-                Choice("N", NUMBERS, sets="active"),
-                Range("lr", 0.003, 1.0, log=True),
-                Range("momentum", 0.0, 0.95),
-                Range("weight_decay", 1e-6, 1e-2, log=True),
-                Range("temperature", 0.3, 3.0, log=True),
-                Choice("unselected", (0.0, 1.0)),
-                Choice("selector_lr", (0.1, 0.3, 1.0)),
-            )
+        space(
+            Choice("N", NUMBERS, sets="active"),
+            Range("lr", 0.003, 1.0, log=True),
+            Range("momentum", 0.0, 0.95),
+            Range("weight_decay", 1e-6, 1e-2, log=True),
+            Range("temperature", 0.3, 3.0, log=True),
+            Choice("unselected", (0.0, 1.0)),
+            Choice("selector_lr", (0.1, 0.3, 1.0)),
         ),
         {**MNIST, "evaluate_on": "valid"},
         seeds=3,
