@@ -97,7 +97,7 @@ def with_squares(
     else:
         x, y = batch["x"][: program.fisher_batch], batch["y"][: program.fisher_batch]
         if program.fisher == "model":
-            y = _drawn_labels(program, state, x, y, logits)
+            y = drawn_labels(program, state, x, y, logits)
         each = vmap(lambda one, label: _gradient(program, params, one[None], label[None], logits))(x, y)
         squares = {name: g.square().sum(0) for name, g in each.items()}
     added = {
@@ -117,7 +117,7 @@ def _gradient(program: Program, params: Params, x: Tensor, y: Tensor, logits: Lo
     return grad(loss)(params)
 
 
-def _drawn_labels(program: Program, state: State, x: Tensor, y: Tensor, logits: Logits) -> Tensor:
+def drawn_labels(program: Program, state: State, x: Tensor, y: Tensor, logits: Logits) -> Tensor:
     """Labels drawn from the model's own predictions (Gumbel-max): the true Fisher instead of the empirical one."""
     scores = logits(state["params"], x)
     # keyed by the step: the count of updates stands still in a Fisher epoch

@@ -23,16 +23,16 @@ Record = dict[str, Tensor]
 
 def records(choices: Mapping[str, Choice], real: Tensor) -> dict[str, Record]:
     """Layer -> what it chose on one batch; `real` [B] leaves padding out. No gradient passes."""
-    weight = real / real.sum()
     found = {}
     for layer, choice in choices.items():
         hard, p = choice.hard.detach(), choice.p.detach()
+        weight = real.to(p.dtype) / real.sum()
         # [B, places..., N, out]: every token or place of a map is an input of its own
         share = hard.reshape(hard.shape[0], -1, *hard.shape[-2:]).mean(1)
         uncertainty = entropy(p, -2).flatten(1).mean(1)
         found[layer] = {
-            "share": (share * weight.to(share.dtype)[:, None, None]).sum(0),
-            "entropy": (uncertainty * weight.to(uncertainty.dtype)).sum(),
+            "share": (share * weight[:, None, None]).sum(0),
+            "entropy": (uncertainty * weight).sum(),
         }
     return found
 
