@@ -239,8 +239,20 @@ def test_entropies_of_known_choices():
     p = torch.tensor([[0.5, 1.0], [0.5, 0.0]], dtype=DOUBLE)
     torch.testing.assert_close(monitor.entropy(p, 0), torch.tensor([math.log(2), 0.0], dtype=DOUBLE))
     assert monitor.balance(p).item() == pytest.approx(math.log(2) / 2)
-    share = torch.tensor([0.4847, 0.5153], dtype=DOUBLE)[:, None]
-    assert monitor.balance(share).item() == pytest.approx(0.6927, abs=5e-5)  # the notebook's layer 1
+
+
+def test_pooled_entropy_is_the_notebook_s():
+    """Its printed ratios and entropies; units that each always choose one neuron look even when pooled."""
+    for ratio, printed in ((0.4847, 0.6927), (0.4141, 0.6783), (0.4932, 0.6931), (0.4355, 0.6848)):
+        half = torch.tensor([[ratio + 0.3, ratio - 0.3], [0.7 - ratio, 1.3 - ratio]], dtype=DOUBLE)
+        record = {"share": half, "entropy": torch.zeros((), dtype=DOUBLE)}
+        found = monitor.metrics({"l": record})
+        assert found["share_first"].item() == pytest.approx(ratio)
+        assert found["pooled_first"].item() == pytest.approx(printed, abs=5e-5)
+    record["share"] = torch.eye(2, dtype=DOUBLE)
+    found = monitor.metrics({"l": record})
+    assert found["pooled_last"].item() == pytest.approx(math.log(2))
+    assert found["balance_last"].item() == 0
 
 
 def test_balance_and_entropy_tell_different_things():

@@ -25,6 +25,9 @@ def _selection(prefix: str, data: str) -> dict[str, Metric]:
         found[f"{prefix}entropy{place}"] = Metric("nats", "none", f"selector entropy per input, {where}, {data}")
         found[f"{prefix}balance{place}"] = Metric("nats", "none", f"entropy of a unit's shares, {where}, {data}")
         if place:
+            found[f"{prefix}pooled{place}"] = Metric(
+                "nats", "none", f"entropy of a layer's pooled shares, {where}, {data}"
+            )
             found[f"{prefix}share{place}"] = Metric("fraction", "none", f"inputs that choose neuron A, {where}, {data}")
     return found
 

@@ -1,8 +1,10 @@
 """What the selectors do: shares, two entropies, similarity of computation neurons, gradient sizes.
 
-Notebook words: "selection ratio" is the share of inputs that choose a neuron; "entropy of selection ratios" is the
-entropy of these shares, a unit at a time: it says how evenly a unit uses its neurons (load balance) and cannot tell a
-decided selector from a random one. "Average entropy" is that of the selector's probabilities for each single input.
+Notebook words: "selection ratio" is the share of inputs and units of a layer that choose a neuron. "Entropy of
+selection ratios" is the entropy of these pooled shares (`pooled`: its printed pairs agree to four digits, .4141 with
+.6783); it is near ln N even where each unit always chooses the same neuron. `balance` takes each unit's own shares;
+it says how evenly a unit uses its neurons, but cannot tell a decided selector from a coin. "Average entropy"
+(`entropy`) is that of the selector's probabilities for each single input.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ def metrics(found: Mapping[str, Record], prefix: str = "") -> dict[str, Tensor]:
     for where, record in (("first", layers[0]), ("last", layers[-1])):
         values[f"{prefix}entropy_{where}"] = record["entropy"]
         values[f"{prefix}balance_{where}"] = balance(record["share"])
+        values[f"{prefix}pooled_{where}"] = balance(record["share"].mean(1, keepdim=True))
         values[f"{prefix}share_{where}"] = record["share"][0].mean()
     return values
 
