@@ -1,0 +1,58 @@
+"""What goes to a host and what comes back: plain data, importable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config to train: what `Host.attach` takes.
+
+    Args:
+        token: fresh for every attachment; a config attached twice has two tokens.
+        family: name for `trainables.family.load_family`.
+        values: program and hyper fields.
+        config_key: the config's key.
+        runs: seed -> run key.
+        reports: epochs after which to report, ascending; the last is the end.
+        covariates: also record what the family's `inspect` says, after every epoch.
+        parent: seed -> run key whose checkpoint a run without one of its own continues from (PBT's exploit).
+    """
+
+    token: str
+    family: str
+    values: Mapping[str, Any]
+    config_key: str
+    runs: Mapping[int, str]
+    reports: tuple[int, ...]
+    covariates: bool = False
+    parent: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SeedReport:
+    """One run at a report: the family's summary so far, or why it ended early."""
+
+    run_key: str
+    status: str  # "training", "finished" or "diverged"
+    epoch: int
+    step: int
+    values: dict[str, float]
+    device_seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A config at a report epoch: every seed is there, or has diverged."""
+
+    token: str
+    epoch: int
+    done: bool
+    seeds: dict[int, SeedReport]
+    engine: str
+    lanes: int
+    error: str | None = None
+    device: str = ""

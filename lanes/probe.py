@@ -1,0 +1,169 @@
+"""Choosing an engine: measure a few steps of each at growing lane counts, keep the knee of trial-steps per second.
+
+A choice slower than the serial engine is never picked: serial is one of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lanes.engine import Engine
+from lanes.serial import SerialEngine
+from lanes.stacked import StackedEngine
+from trainables.family import Arrays, Family, program_key
+
+KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
+COMPILE_PAYS_AFTER = 600.0  # seconds of training ahead, below which compiling on a CPU (20-70 s a program) cannot pay
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "serial": SerialEngine,
+    "stacked": StackedEngine,
+    "stacked, compiled": lambda *args: StackedEngine(*args, compiled=True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `rate` counts trial-steps a second, all lanes together; `setup` is compiling, in seconds."""
+
+    engine: str
+    lanes: int
+    rate: float
+    setup: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the probe decided, and the table it decided from."""
+
+    engine: str
+    lanes: int
+    table: tuple[Row, ...]
+    cached: bool = False
+
+    def lines(self) -> list[str]:
+        """The table as text, the chosen row marked."""
+        head = f"{'engine':<18} {'lanes':>5} {'trial-steps/s':>14} {'set-up s':>9}"
+        return [head] + [
+            f"{r.engine:<18} {r.lanes:>5} {r.rate:>14.1f} {r.setup:>9.1f}"
+            + ("  <- chosen" if r.engine == self.engine and r.lanes in (1, self.lanes) else "")
+            for r in self.table
+        ]
+
+
+def measure(engine: Engine, hyper: Any, lanes: int, seconds: float) -> tuple[float, float]:
+    """(trial-steps a second, set-up seconds) of `lanes` equal lanes; the engine is left empty."""
+    keys = [f"probe{i}" for i in range(lanes)]
+    started = time.perf_counter()
+    for i, key in enumerate(keys):
+        engine.insert(key, hyper, i)
+    _train(engine, 1)
+    setup = time.perf_counter() - started
+    started, steps = time.perf_counter(), 0
+    while steps < 2 or time.perf_counter() - started < seconds:
+        steps += _train(engine, 1)
+    rate = steps * lanes / (time.perf_counter() - started)
+    engine.remove(keys)
+    return rate, setup
+
+
+def _train(engine: Engine, steps: int) -> int:
+    """Train, starting over where a run would end."""
+    if next(iter(engine.lanes.values())).step >= engine.schedule.steps:
+        lanes = [(lane.key, lane.hyper, lane.seed) for lane in engine.lanes.values()]
+        engine.remove([key for key, _, _ in lanes])
+        for key, hyper, seed in lanes:
+            engine.insert(key, hyper, seed)
+    engine.advance(steps)
+    return steps
+
+
+def probe(
+    family: Family,
+    program: Any,
+    hyper: Any,
+    arrays: Arrays,
+    device: torch.device | str,
+    *,
+    wanted: int,
+    expected_steps: float = 0.0,
+    seconds: float = 0.25,
+    engines: tuple[str, ...] | None = None,
+    cache: Path | None = None,
+) -> Choice:
+    """Measure and choose.
+
+    Args:
+        wanted: the most lanes that could ever be here at once; no more are measured.
+        expected_steps: trial-steps this device will do for this program; decides whether compiling is worth a try.
+        seconds: measuring time of one row.
+        engines: names out of ENGINES; default: serial and stacked, compiled too where it can repay itself.
+        cache: folder of earlier choices, one file a (program, device, versions, wanted).
+    """
+    stamp = {
+        "program": program_key(family.name, program),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "wanted": wanted,
+        "engines": engines,
+        "compile": expected_steps > 0,
+    }
+    path = cache / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}.json" if cache else None
+    if path is not None and path.is_file():
+        plain = json.loads(path.read_text())
+        return Choice(plain["engine"], plain["lanes"], tuple(Row(**row) for row in plain["table"]), cached=True)
+
+    def row(name: str, lanes: int) -> Row:
+        engine = ENGINES[name](family, program, arrays, device)
+        rate, setup = measure(engine, hyper, lanes, seconds)
+        rows.append(Row(name, lanes, rate, setup))
+        return rows[-1]
+
+    rows: list[Row] = []
+    names = engines or ("serial", "stacked")
+    for name in names:
+        if name == "serial":
+            row(name, 1)  # lanes take turns: the rate does not depend on their number
+            continue
+        best, lanes = 0.0, 2
+        while lanes <= max(2, wanted):
+            rate = row(name, lanes).rate
+            if rate < best * KNEE:
+                break
+            best, lanes = rate, lanes * 2
+    fastest = max(rows, key=lambda r: r.rate)
+    if engines is None and expected_steps / fastest.rate > COMPILE_PAYS_AFTER:
+        row("stacked, compiled", max(2, fastest.lanes))
+        fastest = max(rows, key=lambda r: r.rate)
+    lanes = wanted if fastest.engine == "serial" else fastest.lanes
+    choice = Choice(fastest.engine, lanes, tuple(rows))
+    if path is not None:
+        _write(path, {"engine": choice.engine, "lanes": choice.lanes, "table": [asdict(r) for r in rows], **stamp})
+    return choice
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device's model, for cache keys and the record: the GPU's name, or the processor's with its core count."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} x{os.cpu_count()}"
+
+
+def _write(path: Path, plain: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(plain, file)
+    os.replace(file.name, path)

@@ -1,0 +1,326 @@
+"""A stack: the lanes of one program on one device, from the moment a config is attached to its last report.
+
+Plain Python, no Ray: `lanes.host` puts it into an actor, tests drive it directly. A config's seeds train as lanes of
+the stack's engine; at each epoch in its `reports` its runs are parked until somebody says `proceed` or `release`, so
+that a run never trains past a decision that might stop it. Parked and waiting runs hold no slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from lanes.engine import Engine
+from lanes.job import Job, Report, SeedReport
+from trainables.family import Family, State
+
+CHUNK_SECONDS = 0.5
+"""About how long a stack trains before it looks up: admits lanes, lets another program have the device."""
+
+
+class Recorder(Protocol):
+    """Where curves go; `tuning.curves` writes Parquet."""
+
+    def steps(self, run_key: str, first_step: int, curves: Mapping[str, np.ndarray]) -> None: ...
+
+    def epoch(self, run_key: str, row: Mapping[str, Any], values: Mapping[str, float]) -> None: ...
+
+    def covariates(self, run_key: str, epoch: int, values: Mapping[str, np.ndarray]) -> None: ...
+
+    def flush(self, force: bool = False) -> None: ...
+
+
+class Checkpoints(Protocol):
+    """Where states go; `tuning.checkpoints` writes safetensors."""
+
+    def save(self, run_key: str, step: int, state: State, extra: Mapping[str, Any]) -> None: ...
+
+    def load(self, run_key: str) -> tuple[State, dict[str, Any]] | None: ...
+
+    def discard(self, run_key: str) -> None: ...
+
+
+@dataclass
+class Run:
+    """A run's progress. `epochs` are its per-epoch curves so far; `sums` those of the epoch it is in."""
+
+    key: str
+    seed: int
+    job: Job
+    status: str = "waiting"  # -> training -> parked -> ... -> finished | diverged
+    epochs: dict[str, list[float]] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    device_seconds: float = 0.0
+    state: State | None = None
+
+
+class Stack:
+    """Lanes of one program.
+
+    Args:
+        family, program: what they compute.
+        make_engine: makes the engine when the first lane arrives (it may probe).
+        max_lanes: slots; None asks the engine choice (`make_engine` returns it beside the engine).
+        recorder, checkpoints: where curves and states go.
+        checkpoint_seconds: save running lanes this often, besides at reports.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        program: Any,
+        make_engine: Callable[[], tuple[Engine, int]],
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        checkpoint_seconds: float = 60.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.family = family
+        self.program = program
+        self.schedule = family.schedule(program)
+        self.recorder = recorder
+        self.checkpoints = checkpoints
+        self.checkpoint_seconds = checkpoint_seconds
+        self._clock = clock
+        self._make_engine = make_engine
+        self._engine: Engine | None = None
+        self._max_lanes = 0
+        self._runs: dict[str, list[Run]] = {}  # token -> its runs
+        self._told: set[str] = set()  # tokens that were told of a report and have not said `proceed`
+        self._waiting: list[Run] = []
+        self._training: dict[str, Run] = {}  # lane key -> run
+        self._step_seconds = 0.0
+        self._last_checkpoint = clock()
+        self._directed = [name for name, metric in family.metrics.items() if metric.mode != "none"]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._training)
+
+    @property
+    def lanes(self) -> int:
+        """Runs that hold or want a slot."""
+        return len(self._waiting) + len(self._training)
+
+    def attach(self, job: Job) -> None:
+        """Take a config in: its runs continue from their newest checkpoints, or start."""
+        runs = []
+        for seed, key in job.runs.items():
+            run = Run(key, seed, job)
+            found = self.checkpoints.load(key)
+            if found is None and seed in job.parent:
+                found = self.checkpoints.load(job.parent[seed])
+            if found is not None:
+                run.state, extra = found
+                run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
+                run.sums = dict(extra["sums"])
+                run.step = int(extra["step"])
+                run.device_seconds = float(extra["device_seconds"])
+            runs.append(run)
+        self._runs[job.token] = runs
+        for run in runs:
+            if run.state is not None and run.step and run.step % self.schedule.steps_per_epoch == 0:
+                self._park_or_wait(run)
+            else:
+                self._waiting.append(run)
+
+    def proceed(self, token: str) -> None:
+        """A report was accepted: the config's parked runs want slots again."""
+        self._told.discard(token)
+        for run in self._runs.get(token, ()):
+            if run.status == "parked":
+                run.status = "waiting"
+                self._waiting.append(run)
+
+    def release(self, token: str, keep_checkpoints: bool = False) -> None:
+        """Let a config go, at once. Unknown tokens (released before) are fine."""
+        self._told.discard(token)
+        for run in self._runs.pop(token, ()):
+            lane = _lane_key(run)
+            if self._training.pop(lane, None):
+                self._need_engine().remove([lane])
+            if run in self._waiting:
+                self._waiting.remove(run)
+            if not keep_checkpoints:
+                self.checkpoints.discard(run.key)
+
+    def save(self, token: str) -> None:
+        """Checkpoint a config's runs now."""
+        for run in self._runs.get(token, ()):
+            self._checkpoint(run)
+
+    def tick(self) -> list[Report]:
+        """Admit who waits, train about CHUNK_SECONDS, evaluate who ended an epoch. Returns the reports now complete."""
+        self._admit()
+        if not self._training:
+            return self._complete_reports()
+        engine = self._need_engine()
+        steps = engine.until_epoch_end()
+        affordable = int(CHUNK_SECONDS / self._step_seconds) if self._step_seconds else 4
+        steps = max(1, min(steps, affordable))
+        started = self._clock()
+        curves = engine.advance(steps)
+        for column, lane in enumerate(list(engine.lanes)):
+            self._record_steps(self._training[lane], steps, {name: v[:, column] for name, v in curves.items()})
+        trained = list(self._training.values())
+        self._drop_diverged()
+        self._end_epochs()
+        elapsed = self._clock() - started
+        self._step_seconds = elapsed / steps
+        for run in trained:
+            run.device_seconds += elapsed / len(trained)
+        if self._clock() - self._last_checkpoint > self.checkpoint_seconds:
+            self.recorder.flush(force=True)
+            for run in self._training.values():
+                self._checkpoint(run)
+            self._last_checkpoint = self._clock()
+        reports = self._complete_reports()
+        self.recorder.flush(force=bool(reports))
+        return reports
+
+    # --- within a tick ---
+
+    def _need_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine, self._max_lanes = self._make_engine()
+        return self._engine
+
+    def _admit(self) -> None:
+        """Fill free slots, oldest first. Lanes that start between others' epochs wait for these to end theirs, so
+        that all lanes stay in phase and train in long chunks."""
+        if not self._waiting:
+            return
+        engine = self._need_engine()
+        if self._training and engine.until_epoch_end() != self.schedule.steps_per_epoch:
+            return
+        while self._waiting and len(self._training) < self._max_lanes:
+            run = self._waiting.pop(0)
+            _, hyper = self.family.build(run.job.values)
+            engine.insert(_lane_key(run), hyper, run.seed, run.state)
+            run.state = None
+            run.status = "training"
+            self._training[_lane_key(run)] = run
+
+    def _record_steps(self, run: Run, steps: int, curves: dict[str, np.ndarray]) -> None:
+        bad = np.zeros(steps, bool)
+        for name in self._directed:
+            if name in curves:
+                bad |= ~np.isfinite(curves[name])
+        if bad.any():
+            run.status = "diverged"
+            kept = int(bad.argmax()) + 1
+            curves = {name: values[:kept] for name, values in curves.items()}
+        self.recorder.steps(run.key, run.step + 1, curves)
+        run.step += len(next(iter(curves.values())))
+        for name, values in curves.items():
+            run.sums[name] = run.sums.get(name, 0.0) + float(values.sum())
+
+    def _drop_diverged(self) -> None:
+        diverged = [lane for lane, run in self._training.items() if run.status == "diverged"]
+        if diverged:
+            self._need_engine().remove(diverged)
+            for lane in diverged:
+                del self._training[lane]
+
+    def _end_epochs(self) -> None:
+        engine, per_epoch = self._need_engine(), self.schedule.steps_per_epoch
+        ended = [lane for lane, run in self._training.items() if run.step % per_epoch == 0]
+        if not ended:
+            return
+        tests = engine.evaluate(ended)
+        covariates = engine.inspect([lane for lane in ended if self._training[lane].job.covariates])
+        for lane in ended:
+            run = self._training[lane]
+            values = {name: total / per_epoch for name, total in run.sums.items()} | tests[lane]
+            run.sums = {}
+            for name, value in values.items():
+                run.epochs.setdefault(name, []).append(value)
+            epoch = run.step // per_epoch
+            row = {
+                "config_key": run.job.config_key,
+                "seed": run.seed,
+                "epoch": epoch,
+                "task": self.schedule.task_of(epoch - 1),
+                "step": run.step,
+            }
+            self.recorder.epoch(run.key, row, values)
+            if lane in covariates:
+                self.recorder.covariates(run.key, epoch, covariates[lane])
+            if not all(np.isfinite(values[name]) for name in self._directed if name in values):
+                run.status = "diverged"
+        self._drop_diverged()
+        leaving = [lane for lane in ended if lane in self._training and self._at_report(self._training[lane])]
+        if leaving:
+            self.recorder.flush(force=True)  # a checkpoint vouches for the rows before it
+        for lane in leaving:
+            run = self._training.pop(lane)
+            run.state = engine.state(lane)
+            self._park_or_wait(run)
+            if run.status == "parked":
+                self._checkpoint(run)
+        if leaving:
+            engine.remove(leaving)
+
+    def _at_report(self, run: Run) -> bool:
+        return run.step // self.schedule.steps_per_epoch in run.job.reports
+
+    def _park_or_wait(self, run: Run) -> None:
+        """Where a run stands after a whole epoch: at its end, at a report, or on its way."""
+        if run.step >= self.schedule.steps:
+            run.status = "finished"
+        elif self._at_report(run):
+            run.status = "parked"
+        else:
+            run.status = "waiting"
+            self._waiting.append(run)
+
+    def _checkpoint(self, run: Run) -> None:
+        lane = _lane_key(run)
+        state = self._need_engine().state(lane) if lane in self._training else run.state
+        if state is None:
+            return
+        extra = {"epochs": run.epochs, "sums": run.sums, "step": run.step, "device_seconds": run.device_seconds}
+        self.checkpoints.save(run.key, run.step, state, extra)
+
+    def _complete_reports(self) -> list[Report]:
+        """Configs whose every run is parked at the same report, finished or diverged: each is told once."""
+        reports = []
+        for token, runs in self._runs.items():
+            if token in self._told or any(run.status in ("waiting", "training") for run in runs):
+                continue
+            parked = [run for run in runs if run.status == "parked"]
+            behind = [run for run in parked if run.step < max(other.step for other in parked)]
+            if behind:  # restored from checkpoints of different age: the younger ones catch up first
+                for run in behind:
+                    run.status = "waiting"
+                self._waiting.extend(behind)
+                continue
+            self._told.add(token)
+            reports.append(self._report(token, runs))
+        return reports
+
+    def _report(self, token: str, runs: list[Run]) -> Report:
+        per_epoch = self.schedule.steps_per_epoch
+        seeds = {}
+        for run in runs:
+            status = "training" if run.status == "parked" else run.status
+            values = {}
+            if run.epochs:
+                curves = {name: np.asarray(values) for name, values in run.epochs.items()}
+                values = self.family.summarize(self.program, curves)
+            seeds[run.seed] = SeedReport(run.key, status, run.step // per_epoch, run.step, values, run.device_seconds)
+        going = [seed.epoch for seed in seeds.values() if seed.status != "diverged"]
+        epoch = max(going) if going else max(seed.epoch for seed in seeds.values())
+        engine = self._need_engine()
+        return Report(
+            token, epoch, all(s.status != "training" for s in seeds.values()), seeds, engine.name, len(self._training)
+        )
+
+
+def _lane_key(run: Run) -> str:
+    return f"{run.job.token}/{run.seed}"

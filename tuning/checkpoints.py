@@ -1,0 +1,106 @@
+"""Checkpoints of runs: safetensors for the state, JSON for what goes with it; nothing in them can execute.
+
+`<folder>/<run_key>/<step>.safetensors` and `<step>.json` (schema version, SHA-256 of the tensors file, the run's curves
+so far). The JSON is written last and names the checksum, so that a pair is whole or does not count. Two pairs are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+SCHEMA_VERSION = 1
+KEPT = 2
+log = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of a sweep's runs, under one folder shared by all hosts."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
+        folder = self._folder / run_key
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
+        data = safetensors.torch.save(tensors)
+        plain = {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "extra": dict(extra),
+        }
+        _write(folder / f"{step:012d}.safetensors", data)
+        _write(folder / f"{step:012d}.json", json.dumps(plain).encode())
+        for old in self._steps(folder)[:-KEPT]:
+            (folder / f"{old:012d}.json").unlink(missing_ok=True)
+            (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
+
+    def load(self, run_key: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning."""
+        folder = self._folder / run_key
+        for step in reversed(self._steps(folder)):
+            path = folder / f"{step:012d}.json"
+            try:
+                plain = json.loads(path.read_text())
+                if plain["schema_version"] != SCHEMA_VERSION:
+                    raise ValueError(f"schema version {plain['schema_version']}, this is {SCHEMA_VERSION}")
+                data = path.with_suffix(".safetensors").read_bytes()
+                if hashlib.sha256(data).hexdigest() != plain["sha256"]:
+                    raise ValueError("the tensors do not match their checksum")
+                return unflatten(safetensors.torch.load(data)), plain["extra"]
+            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+                log.warning("checkpoint %s is unusable (%s): falling back to the one before", path, error)
+        return None
+
+    def discard(self, run_key: str) -> None:
+        """Remove a run's checkpoints."""
+        shutil.rmtree(self._folder / run_key, ignore_errors=True)
+
+    @staticmethod
+    def _steps(folder: Path) -> list[int]:
+        return sorted(int(path.stem) for path in folder.glob("[0-9]*.json"))
+
+
+def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Nested dict of tensors -> (path joined by "/", tensor) pairs."""
+    for name, value in state.items():
+        if "/" in name:
+            raise ValueError(f"a state's names must not contain '/': {prefix}{name}")
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    state: dict[str, Any] = {}
+    for path, tensor in tensors.items():
+        *parents, name = path.split("/")
+        inner = state
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = tensor
+    return state
+
+
+def _write(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(scratch, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
