@@ -48,10 +48,16 @@ class CheckpointStore:
             (folder / f"{old:012d}.json").unlink(missing_ok=True)
             (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
 
-    def load(self, run_key: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning."""
+    def load(self, run_key: str, at_most: int | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning.
+
+        at_most: prefer the newest that is not past this step.
+        """
         folder = self._folder / run_key
-        for step in reversed(self._steps(folder)):
+        steps = self._steps(folder)
+        if at_most is not None:
+            steps.sort(key=lambda step: step if step <= at_most else -step)
+        for step in reversed(steps):
             path = folder / f"{step:012d}.json"
             try:
                 plain = json.loads(path.read_text())

@@ -1,0 +1,291 @@
+"""Reads what a sweep left on disk (docs/storage.md), while it runs or after.
+
+Curves are read through `pyarrow.dataset` with column projection and row filters, so that a figure of eight configs out
+of 10,000 runs touches eight configs' rows. Nothing is cached between calls: a running sweep may be read again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from analysis.errors import UserError, unknown
+
+ENDED = ("finished", "stopped", "diverged", "oom", "crashed", "cancelled")
+"""Stop reasons; a run that has none of them is `running` or `pending`."""
+
+_STANDARD: dict[str, Any] = {
+    "sweep": "",
+    "family": "",
+    "label": "",
+    "config_key": "",
+    "run_key": "",
+    "seed": 0,
+    "stop_reason": "running",
+    "config_stop_reason": "running",
+    "rung": float("nan"),
+    "epoch": 0,
+    "step": 0,
+    "epochs_total": 0,
+    "engine": "",
+    "lanes": 1,
+    "device": "",
+    "device_seconds": float("nan"),
+    "started_at": pd.NaT,
+    "ended_at": pd.NaT,
+    "error": None,
+}
+"""Columns that every reader may count on -> the value where runs.parquet does not have them yet."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep's folder, and the frozen command in its sweep.json."""
+
+    folder: Path
+    info: dict[str, Any]
+
+    # --- what was asked ---------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return str(self.info.get("name") or self.folder.name)
+
+    @property
+    def family(self) -> str:
+        return str(self.info.get("family", ""))
+
+    @property
+    def metric(self) -> str:
+        """The summary key that the sweep optimised."""
+        return str(self.info.get("metric") or self.info.get("headline") or "")
+
+    @property
+    def axes(self) -> list[dict[str, Any]]:
+        """The space, one plain dict an axis (`Space.to_plain`)."""
+        return list(self.info.get("space") or [])
+
+    @property
+    def search_seeds(self) -> list[int]:
+        """Seeds every config was given."""
+        seeds = self.info.get("seeds", [])
+        return list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+
+    def unit(self, metric: str) -> str:
+        return str(self._metric(metric).get("unit", ""))
+
+    def mode(self, metric: str | None = None) -> str:
+        """ "max", "min", or "none" where the metric has no better direction."""
+        metric = metric or self.metric
+        declared = self._metric(metric).get("mode")
+        if declared in ("max", "min"):
+            return declared
+        if metric in (self.metric, self.info.get("headline")):
+            return str(self.info.get("mode", "none"))
+        return "none"
+
+    def _metric(self, metric: str) -> dict[str, Any]:
+        return (self.info.get("metrics") or {}).get(metric, {})
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def run_columns(self) -> list[str]:
+        """Columns that runs.parquet has now (empty while it does not exist)."""
+        path = self.folder / "runs.parquet"
+        try:
+            return list(pq.read_schema(path).names) if path.exists() else []
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def runs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row a run. Standard columns are always there; `columns` adds others (None: all of them).
+
+        Raises:
+            UserError: runs.parquet cannot be read.
+        """
+        path = self.folder / "runs.parquet"
+        if not path.exists():
+            return pd.DataFrame({name: pd.Series(dtype=object) for name in _STANDARD})
+        try:
+            with path.open("rb") as file:  # one open file: the sweep may replace it between two opens
+                parquet = pq.ParquetFile(file)
+                have = parquet.schema_arrow.names
+                wanted = None if columns is None else [c for c in have if c in _STANDARD or c in columns]
+                frame = parquet.read(columns=wanted).to_pandas()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        for name, default in _STANDARD.items():
+            if name not in frame:
+                frame[name] = default
+        unnamed = frame["label"].isna() | (frame["label"] == "")
+        frame["label"] = frame["label"].where(~unnamed, frame["config_key"])
+        frame["seed"] = frame["seed"].astype("int64")
+        return frame
+
+    def field(self, name: str, columns: Iterable[str] | None = None) -> str:
+        """The runs column a user means by `lr`: itself, `axis.lr`, `hyper.lr`, `program.lr`, or the one axis `*.lr`.
+
+        Raises:
+            UserError: there is no such column; the nearest names are told.
+        """
+        columns = list(columns if columns is not None else self.run_columns)
+        for candidate in (name, f"axis.{name}", f"hyper.{name}", f"program.{name}"):
+            if candidate in columns:
+                return candidate
+        nested = [c for c in columns if c.startswith("axis.") and c.endswith("." + name)]
+        if len(nested) == 1:
+            return nested[0]
+        known = [c.split(".", 1)[1] for c in columns if c.split(".", 1)[0] in ("axis", "hyper", "program")]
+        raise unknown("field", name, dict.fromkeys([*known, "label", "seed", "device", "engine"]))
+
+    def axis_columns(self, runs: pd.DataFrame) -> list[str]:
+        """`axis.*` columns in the space's order."""
+        order = [f"axis.{axis['name']}" for axis in self.axes]
+        rest = [c for c in runs.columns if c.startswith("axis.") and c not in order]
+        return [c for c in order if c in runs.columns] + rest
+
+    # --- curves -----------------------------------------------------------------------------------------------------
+
+    def epochs(
+        self,
+        metrics: Sequence[str] | None = None,
+        configs: Iterable[str] | None = None,
+        epochs: Iterable[int] | None = None,
+    ) -> pd.DataFrame:
+        """One row a (run, epoch), the last written of each, sorted.
+
+        Args:
+            metrics: columns to read (None: all).
+            configs: config keys to read (None: all).
+            epochs: only these epochs, counted from 1 (None: all).
+        """
+        keys = ["run_key", "config_key", "seed", "epoch", "task", "step"]
+        wanted = None if metrics is None else [*keys, *metrics]
+        where = _both(_among("config_key", configs), _among("epoch", epochs))
+        return self._table("epochs", wanted, where, ["run_key", "epoch"])
+
+    def steps(
+        self,
+        metrics: Sequence[str] | None = None,
+        runs: Iterable[str] | None = None,
+        between: tuple[int, int] | None = None,
+    ) -> pd.DataFrame:
+        """One row a (run, step), the last written of each, sorted; `between` is inclusive."""
+        wanted = None if metrics is None else ["run_key", "step", *metrics]
+        where = _among("run_key", runs)
+        if between is not None:
+            where = _both(where, (pc.field("step") >= between[0]) & (pc.field("step") <= between[1]))
+        return self._table("steps", wanted, where, ["run_key", "step"])
+
+    def covariates(self, names: Iterable[str] | None = None, runs: Iterable[str] | None = None) -> pd.DataFrame:
+        """One row a (run, epoch, covariate): `shape` and row-major `values`."""
+        where = _both(_among("name", names), _among("run_key", runs))
+        return self._table("covariates", None, where, ["run_key", "epoch", "name"])
+
+    def covariate_names(self) -> list[str]:
+        """Names of the covariates that were recorded (none: an empty list)."""
+        data = self._dataset("covariates")
+        if data is None:
+            return []
+        return sorted(pc.unique(data.to_table(columns=["name"])["name"]).to_pylist())
+
+    def metrics_of(self, table: str) -> list[str]:
+        """Metric columns of `epochs` or `steps`, as far as written."""
+        data = self._dataset(table)
+        keys = {"run_key", "config_key", "seed", "epoch", "task", "step", "time"}
+        return [] if data is None else [name for name in data.schema.names if name not in keys]
+
+    def _dataset(self, table: str) -> ds.Dataset | None:
+        files = sorted(str(path) for path in (self.folder / table).glob("*.parquet") if path.name[0] not in "._")
+        if not files:
+            return None
+        try:
+            schemas = [pq.read_schema(file).remove_metadata() for file in files]
+            schema = pa.unify_schemas(schemas, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {str(error).splitlines()[0]}") from error
+        return ds.dataset(files, schema=schema, format="parquet")
+
+    def _table(
+        self, table: str, columns: list[str] | None, where: pc.Expression | None, key: list[str]
+    ) -> pd.DataFrame:
+        data = self._dataset(table)
+        if data is None:
+            return pd.DataFrame({name: pd.Series(dtype="float64") for name in columns or key})
+        for name in columns or []:
+            if name not in data.schema.names and name not in ("task", "step"):
+                raise unknown(f"metric in {self.name}/{table}", name, self.metrics_of(table))
+        present = None if columns is None else [c for c in dict.fromkeys(columns) if c in data.schema.names]
+        frame = data.to_table(columns=present, filter=where).to_pandas()
+        # Stable sort: of rows written twice by a resumed run, the later file's stays.
+        frame = frame.drop_duplicates(key, keep="last").sort_values(key, kind="stable")
+        return frame.reset_index(drop=True)
+
+    # --- the journal of events --------------------------------------------------------------------------------------
+
+    def events(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """Lines of journal.jsonl in the order they happened; a line still being written ends the reading."""
+        path = self.folder / "journal.jsonl"
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    return
+                if kind is None or event.get("event") == kind:
+                    yield event
+
+    @cached_property
+    def schedule(self) -> dict[str, int]:
+        """`steps_per_epoch`, `epochs`, `epochs_per_task` of the sweep's base program, where sweep.json has them."""
+        return {name: int(value) for name, value in (self.info.get("schedule") or {}).items()}
+
+
+def _among(column: str, values: Iterable[Any] | None) -> pc.Expression | None:
+    return None if values is None else pc.field(column).isin(list(values))
+
+
+def _both(left: pc.Expression | None, right: pc.Expression | None) -> pc.Expression | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left & right
+
+
+def open_sweep(storage: Path | str, name: str) -> Sweep:
+    """The sweep `name` under `storage`.
+
+    Raises:
+        UserError: there is no such folder, or its sweep.json is missing or malformed.
+    """
+    storage = Path(storage)
+    if not storage.is_dir():
+        raise UserError(f"no folder {storage}: give --storage the folder that holds the sweeps")
+    folder = storage / name
+    # A name such as `../x` or `` would read (and later write) outside the storage.
+    if not name or Path(name).name != name or not (folder / "sweep.json").is_file():
+        raise unknown("sweep", name, sweep_names(storage), f" under {storage}")
+    try:
+        info = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'sweep.json'} is not JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise UserError(f"{folder / 'sweep.json'} holds no JSON object")
+    return Sweep(folder, info)
+
+
+def sweep_names(storage: Path | str) -> list[str]:
+    """Names of the sweeps under `storage`."""
+    return sorted(path.parent.name for path in Path(storage).glob("*/sweep.json"))
