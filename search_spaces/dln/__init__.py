@@ -26,11 +26,11 @@ DEMO: Fields = {
     "memory": 8,
     "dropout_at": (),
     "steps_per_epoch": 40,
-    "epochs": 8,
+    "epochs": 6,
     "eval_windows": 24,
     "eval_batch": 24,
     "warmup": 20.0,
-    "decay_steps": 320.0,
+    "decay_steps": 240.0,
     "v_scale": 0.3,
 }
 

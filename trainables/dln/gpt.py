@@ -37,7 +37,7 @@ class Noise:
 
 
 def init_params(program: Program, hyper: Hypers, seed: Tensor) -> Params:
-    """All weights as a flat dict; matrices are [in, out]. Block i's are named `h<i>/...`."""
+    """All weights as a flat dict; matrices are [in, out]. Block i's are named `h<i>.<name>`."""
     width, vocab = program.width, vocabulary_size(program)
     embedding = hyper["embedding_scale"] / math.sqrt(width) * initials.gaussian(program, seed, "embed", (vocab, width))
     params: Params = {"embedding": embedding}
@@ -51,7 +51,7 @@ def init_params(program: Program, hyper: Hypers, seed: Tensor) -> Params:
         params["positions"] = scale * initials.gaussian(program, seed, "positions", (program.length, width))
     for index in range(program.layers):
         block = _init_block(program, hyper, seed, f"h{index}")
-        params.update({f"h{index}/{name}": value for name, value in block.items()})
+        params.update({f"h{index}.{name}": value for name, value in block.items()})
     if program.final_norm and program.norm_gain:
         params["final_gain"] = torch.ones(width, dtype=dtype_of(program), device=seed.device)
     return params
@@ -63,11 +63,11 @@ def _init_block(program: Program, hyper: Hypers, seed: Tensor, name: str) -> Par
     dtype, device = dtype_of(program), seed.device
 
     def matrix(which: str, shape: tuple[int, int], scale: Tensor | float, average: str) -> Tensor:
-        return initials.matrix(program, hyper, seed, f"{name}/{which}", shape, scale, hyper[average])
+        return initials.matrix(program, hyper, seed, f"{name}.{which}", shape, scale, hyper[average])
 
     block: Params = {}
     if program.memory:
-        u = draws.uniform(seed, torch.zeros_like(seed), f"{name}/decay", (program.memory,), dtype)
+        u = draws.uniform(seed, torch.zeros_like(seed), f"{name}.decay", (program.memory,), dtype)
         block["decay"] = hyper["decay_low"] + (hyper["decay_high"] - hyper["decay_low"]) * u
         block["memory_in"] = matrix("memory_in", (width, program.memory), 1.0, "qkv_average")
     qk_scale, v_scale = hyper["qkv_scale"] * hyper["qk_scale"], hyper["qkv_scale"] * hyper["v_scale"]
@@ -102,7 +102,7 @@ def forward(program: Program, params: Params, hyper: Hypers, tokens: Tensor, noi
         hidden = hidden + params["positions"][: tokens.shape[-1]]
     hidden = _dropout(program, hyper, "embedding", wide(hidden), noise, "")
     for index in range(program.layers):
-        prefix = f"h{index}/"
+        prefix = f"h{index}."
         weights = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
         out = block(program, weights, hyper, hidden, noise, prefix)
         hidden = hidden + out if program.skip == "double" else out

@@ -30,41 +30,41 @@ Params = dict[str, Tensor]
 
 
 def init_params(program: Program, hyper: Hypers, seed: Tensor) -> Params:
-    """Levels are `level<i>/...` (0 reads the input), dense layers `dense<i>/...`, the read-out `out/...`."""
+    """Levels are `level<i>.<name>` (0 reads the input), dense layers `dense<i>.<name>`, the read-out `out.<name>`."""
     channels, dtype, device = program.channels, dtype_of(program), seed.device
     params: Params = {}
 
     def put(name: str, fan_in: int, fan_out: int) -> None:
-        params[f"{name}/w"], params[f"{name}/b"] = initials.linear(program, seed, name, fan_in, fan_out)
+        params[f"{name}.w"], params[f"{name}.b"] = initials.linear(program, seed, name, fan_in, fan_out)
 
     def put_norm(name: str) -> None:
-        params[f"{name}/gain"] = torch.ones(channels, dtype=dtype, device=device)
-        params[f"{name}/shift"] = torch.zeros(channels, dtype=dtype, device=device)
+        params[f"{name}.gain"] = torch.ones(channels, dtype=dtype, device=device)
+        params[f"{name}.shift"] = torch.zeros(channels, dtype=dtype, device=device)
 
     for level in range(program.levels + 1):
         name, kind = f"level{level}", kind_of(program, level)
         forget = initials.log_uniform(
-            program, seed, f"{name}/size", channels, hyper["forget_low"], hyper["forget_high"]
+            program, seed, f"{name}.size", channels, hyper["forget_low"], hyper["forget_high"]
         )
-        params[f"{name}/size"] = 1 - forget
+        params[f"{name}.size"] = 1 - forget
         longest, shortest = torch.full_like(hyper["period"], 2 * math.pi), hyper["period"]
-        params[f"{name}/theta"] = initials.log_uniform(
-            program, seed, f"{name}/theta", channels, longest / shortest, longest
+        params[f"{name}.theta"] = initials.log_uniform(
+            program, seed, f"{name}.theta", channels, longest / shortest, longest
         )
         if kind == "tdln":
-            put(f"{name}/time", channels, channels)
-            put(f"{name}/data", channels, channels)
+            put(f"{name}.time", channels, channels)
+            put(f"{name}.data", channels, channels)
         elif kind == "tdln_shifted":
             zero = torch.zeros_like(seed)
-            params[f"{name}/time/w"] = draws.normal(seed, zero, f"{name}/time", (channels, channels), dtype)
+            params[f"{name}.time.w"] = draws.normal(seed, zero, f"{name}.time", (channels, channels), dtype)
         if level > 0:
             if program.recurrence == "tdln_shifted":
-                put(f"{name}/before", channels, channels)
+                put(f"{name}.before", channels, channels)
             else:
-                put_norm(f"{name}/norm")
+                put_norm(f"{name}.norm")
     for index in range(program.dense if program.task == "reconstruct" else 0):
         put(f"dense{index}", channels, channels)
-        put_norm(f"dense{index}/norm")
+        put_norm(f"dense{index}.norm")
     put("out", channels, pixels(program) if program.task == "reconstruct" else features(program))
     return params
 
@@ -78,8 +78,8 @@ def kind_of(program: Program, level: int) -> str:
 
 def fixed_names(params: Params) -> tuple[set[str], set[str]]:
     """(the memory's parameters, all of the first level's): what `train_memory` and `train_first` hold."""
-    memory = {name for name in params if name.endswith(("/size", "/theta"))}
-    return memory, {name for name in params if name.startswith("level0/")}
+    memory = {name for name in params if name.endswith((".size", ".theta"))}
+    return memory, {name for name in params if name.startswith("level0.")}
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -143,16 +143,16 @@ def _join(
     summed = out + x if program.residual else out
     whole = program.norm_over == "sequence" and "sequence" in over
     normed = layer_norm(torch.relu(summed), hyper["norm_eps"], (-2, -1) if whole else (-1,))
-    return normed * params[f"{name}/norm/gain"] + params[f"{name}/norm/shift"]
+    return normed * params[f"{name}.norm.gain"] + params[f"{name}.norm.shift"]
 
 
 def _before(params: Params, name: str, x: Tensor) -> Tensor:
     """The dense layer with ReLU that stands before each shifted level."""
-    return torch.relu(wide(_linear(params, f"{name}/before", x)))
+    return torch.relu(wide(_linear(params, f"{name}.before", x)))
 
 
 def _linear(params: Params, name: str, x: Tensor) -> Tensor:
-    return F.linear(x, params[f"{name}/w"].transpose(-1, -2), params[f"{name}/b"])
+    return F.linear(x, params[f"{name}.w"].transpose(-1, -2), params[f"{name}.b"])
 
 
 def _level(program: Program, params: Params, hyper: Hypers, level: int, x: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _last(program: Program, params: Params, hyper: Hypers, level: int, x: Tensor
 
 
 def _memory(program: Program, params: Params, level: int) -> tuple[Tensor, Tensor]:
-    size, theta = params[f"level{level}/size"], params[f"level{level}/theta"]
+    size, theta = params[f"level{level}.size"], params[f"level{level}.theta"]
     if program.freeze == "detach":
         size, theta = size.detach(), theta.detach()
     return torch.log(size), theta
@@ -186,15 +186,15 @@ def _drive(program: Program, params: Params, hyper: Hypers, level: int, x: Tenso
         return torch.ones_like(repeated), repeated
 
     def project(which: str) -> Tensor:
-        weight = params[f"{name}/{which}/w"]
+        weight = params[f"{name}.{which}.w"]
         return wide(x @ (fold(weight, x.shape[-1]) if level == 0 else weight))
 
     if kind == "tdln_shifted":
         times = torch.sigmoid(hyper["time_bias"] + project("time"))
         shifted = torch.cat([torch.ones_like(times[..., :1, :]), times[..., :-1, :]], -2)
         return times, shifted * wide(repeat_to(x, program.channels) if level == 0 else x)
-    times = torch.sigmoid(hyper["time_bias"] + project("time") + params[f"{name}/time/b"])
-    return times, times * (project("data") + params[f"{name}/data/b"])
+    times = torch.sigmoid(hyper["time_bias"] + project("time") + params[f"{name}.time.b"])
+    return times, times * (project("data") + params[f"{name}.data.b"])
 
 
 def repeat_to(x: Tensor, channels: int) -> Tensor:

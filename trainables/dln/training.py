@@ -114,7 +114,7 @@ def inspect(program: Program, state: State, hyper: Hypers) -> dict[str, Tensor]:
     """Root mean square of every weight and of Adam's running gradient, and the memories' sizes, periods or decays."""
     rms = {f"weight_rms/{name}": value.square().mean().sqrt() for name, value in state["params"].items()}
     rms |= {f"gradient_rms/{name}": value.square().mean().sqrt() for name, value in state["mu"].items()}
-    endings = ("/size", "/theta", "/decay")
+    endings = (".size", ".theta", ".decay")
     return rms | {name: value for name, value in state["params"].items() if name.endswith(endings)}
 
 
