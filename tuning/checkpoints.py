@@ -21,6 +21,7 @@ import torch
 
 SCHEMA_VERSION = 1
 KEPT = 2
+SEPARATOR = "::"
 log = logging.getLogger(__name__)
 
 
@@ -81,12 +82,12 @@ class CheckpointStore:
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Nested dict of tensors -> (path joined by "/", tensor) pairs."""
+    """Nested dict of tensors -> (path joined by SEPARATOR, tensor) pairs."""
     for name, value in state.items():
-        if "/" in name:
-            raise ValueError(f"a state's names must not contain '/': {prefix}{name}")
+        if SEPARATOR in name:
+            raise ValueError(f"a state's names must not contain '{SEPARATOR}': {prefix}{name}")
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
+            yield from flatten(value, f"{prefix}{name}{SEPARATOR}")
         else:
             yield f"{prefix}{name}", value
 
@@ -95,7 +96,7 @@ def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     state: dict[str, Any] = {}
     for path, tensor in tensors.items():
-        *parents, name = path.split("/")
+        *parents, name = path.split(SEPARATOR)
         inner = state
         for parent in parents:
             inner = inner.setdefault(parent, {})

@@ -33,7 +33,7 @@ class Progress:
         self._budget, self._metric, self._mode = budget, metric, mode
         self._running: dict[str, float] = {}  # trial -> fraction of its length done
         self._ended: dict[str, int] = {}
-        self._best: tuple[float, str] | None = None
+        self._best: dict[float, tuple[float, str]] = {}  # progress -> best value there, and whose
         self._labels: dict[str, str] = {}
         self._started = time.monotonic()
         self._first_work: float | None = None
@@ -69,8 +69,9 @@ class Progress:
         elif event["event"] == "report":
             self._running[trial] = event["fraction"]
             value = event["values"].get(self._metric, math.nan)
-            if math.isfinite(value) and (self._best is None or self._better(value, self._best[0])):
-                self._best = (value, self._labels.get(trial, ""))
+            there = self._best.get(event["fraction"])
+            if math.isfinite(value) and (there is None or self._better(value, there[0])):
+                self._best[event["fraction"]] = (value, self._labels.get(trial, ""))
         elif event["event"] == "end":
             self._running.pop(trial, None)
             reason = event["stop_reason"]
@@ -102,8 +103,11 @@ class Progress:
         for reason in ("diverged", "oom", "crashed"):
             if self._ended.get(reason):
                 parts.append(f"{self._ended[reason]} {reason}")
-        if self._best is not None:
-            parts.append(f"best {self._metric} {self._best[0]:.4f} ({self._best[1]})")
+        if self._best:
+            furthest = max(self._best)  # an early rung's value does not compare with a later one's
+            value, label = self._best[furthest]
+            where = "" if furthest >= 1 else f" at {furthest:.0%}"
+            parts.append(f"best {self._metric} {value:.4f}{where} ({label})")
         parts += [clock(elapsed), self._eta()]
         return Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
 
@@ -148,16 +152,11 @@ def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, sho
         )
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
-        ("config", "left"),
-        (metric, "right"),
-        ("± sd", "right"),
-        ("seeds", "right"),
-        ("epochs", "right"),
-        ("stop reason", "left"),
-        ("device time", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("config", no_wrap=True, overflow="ellipsis")
+    for name, width in ((metric, 7), ("± sd", 6), ("seeds", 5), ("epochs", 7)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(width, len(name)))
+    table.add_column("stop reason", no_wrap=True, min_width=14)
+    table.add_column("device time", justify="right", no_wrap=True, min_width=11)
     for mean, values, runs in ranked[:shown]:
         reasons = sorted({describe(row) for row in runs})
         table.add_row(

@@ -273,8 +273,9 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 def terminal() -> Console:
-    """A console on the real terminal, whatever standard output is sent to later."""
-    return Console(file=os.fdopen(os.dup(1), "w"), highlight=False)
+    """A console on the real terminal, whatever standard output is sent to later; 120 columns where there is none."""
+    file = os.fdopen(os.dup(1), "w")
+    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
 
 
 def write_sweep_json(plan: SweepPlan, code: Path) -> None:
