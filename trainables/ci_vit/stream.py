@@ -6,6 +6,7 @@ classes and cuts them into families; task k tells the k-th class of one family f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,8 +40,13 @@ def load(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, 
 def task_classes(program: Program, seed: int, task: int) -> list[int]:
     """The classes of a zero-based task, in label order. Each pass over the classes permutes them anew."""
     along, place = divmod(task, program.tasks_per_pass)
-    order = draws.permutation(draws.counter(seed), draws.counter(along), "stream/classes", program.set.classes)
-    return [int(order[family * program.tasks_per_pass + place]) for family in range(program.classes)]
+    order = _class_order(program.set.classes, seed, along)
+    return [order[family * program.tasks_per_pass + place] for family in range(program.classes)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_order(classes: int, seed: int, along: int) -> list[int]:
+    return draws.permutation(draws.counter(seed), draws.counter(along), "stream/classes", classes).tolist()
 
 
 def order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, Tensor]:
@@ -83,6 +89,7 @@ def batch(program: Program, arrays: Arrays, row: Mapping[str, Tensor]) -> dict[s
     return {"images": images, "labels": row["label"], "real": index >= 0}
 
 
+@functools.lru_cache(maxsize=1024)  # asked for at every epoch of the task
 def _of_task(program: Program, seed: int, task: int, kept: int) -> tuple[Tensor, Tensor]:
     """Rows of a task's images in an array of `kept` images a class, and their labels, class after class."""
     classes = torch.tensor(task_classes(program, seed, task))
