@@ -92,12 +92,12 @@ class Host:
         if token in self._stack_of:
             self._stacks[self._stack_of[token]].proceed(token)
 
-    def release(self, token: str, keep_checkpoints: bool = False) -> None:
+    def release(self, token: str) -> None:
         """Let a config go; its lanes are free at once. The stack stays: an empty one costs next to nothing, and the
         next config of the same program finds its engine chosen and compiled."""
         key = self._stack_of.pop(token, None)
         if key is not None:
-            self._stacks[key].release(token, keep_checkpoints)
+            self._stacks[key].release(token)
 
     def save(self, token: str) -> None:
         """Checkpoint a config now."""
@@ -191,8 +191,8 @@ class HostActor:
             self._commands.put(("proceed", (token,), None))
         return await self._reports[token].get()
 
-    async def release(self, token: str, keep_checkpoints: bool = False) -> None:
-        await self._ask("release", token, keep_checkpoints)
+    async def release(self, token: str) -> None:
+        await self._ask("release", token)
         self._reports.pop(token, None)
 
     async def save(self, token: str) -> None:

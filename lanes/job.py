@@ -19,7 +19,7 @@ class Job:
         runs: seed -> run key.
         reports: epochs after which to report, ascending; the last is the end.
         covariates: also record what the family's `inspect` says, after every epoch.
-        parent: seed -> run key whose checkpoint a run without one of its own continues from (PBT's exploit).
+        parent: seed -> (run key, epoch) whose checkpoint a run without one of its own continues from (PBT's exploit).
     """
 
     token: str
@@ -29,7 +29,7 @@ class Job:
     runs: Mapping[int, str]
     reports: tuple[int, ...]
     covariates: bool = False
-    parent: Mapping[int, str] = field(default_factory=dict)
+    parent: Mapping[int, tuple[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

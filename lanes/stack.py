@@ -39,9 +39,7 @@ class Checkpoints(Protocol):
 
     def save(self, run_key: str, step: int, state: State, extra: Mapping[str, Any]) -> None: ...
 
-    def load(self, run_key: str) -> tuple[State, dict[str, Any]] | None: ...
-
-    def discard(self, run_key: str) -> None: ...
+    def load(self, run_key: str, at_most: int | None = None) -> tuple[State, dict[str, Any]] | None: ...
 
 
 @dataclass
@@ -56,6 +54,7 @@ class Run:
     sums: dict[str, float] = field(default_factory=dict)
     step: int = 0
     device_seconds: float = 0.0
+    lanes: int = 0
     state: State | None = None
 
 
@@ -114,7 +113,8 @@ class Stack:
             run = Run(key, seed, job)
             found = self.checkpoints.load(key)
             if found is None and seed in job.parent:
-                found = self.checkpoints.load(job.parent[seed])
+                donor, epoch = job.parent[seed]
+                found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
             if found is not None:
                 run.state, extra = found
                 run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
@@ -137,7 +137,7 @@ class Stack:
                 run.status = "waiting"
                 self._waiting.append(run)
 
-    def release(self, token: str, keep_checkpoints: bool = False) -> None:
+    def release(self, token: str) -> None:
         """Let a config go, at once. Unknown tokens (released before) are fine."""
         self._told.discard(token)
         for run in self._runs.pop(token, ()):
@@ -146,8 +146,6 @@ class Stack:
                 self._need_engine().remove([lane])
             if run in self._waiting:
                 self._waiting.remove(run)
-            if not keep_checkpoints:
-                self.checkpoints.discard(run.key)
 
     def save(self, token: str) -> None:
         """Checkpoint a config's runs now."""
@@ -174,6 +172,7 @@ class Stack:
         self._step_seconds = elapsed / steps
         for run in trained:
             run.device_seconds += elapsed / len(trained)
+            run.lanes = len(trained)
         if self._clock() - self._last_checkpoint > self.checkpoint_seconds:
             self.recorder.flush(force=True)
             for run in self._training.values():
@@ -317,9 +316,8 @@ class Stack:
         going = [seed.epoch for seed in seeds.values() if seed.status != "diverged"]
         epoch = max(going) if going else max(seed.epoch for seed in seeds.values())
         engine = self._need_engine()
-        return Report(
-            token, epoch, all(s.status != "training" for s in seeds.values()), seeds, engine.name, len(self._training)
-        )
+        done = all(seed.status != "training" for seed in seeds.values())
+        return Report(token, epoch, done, seeds, engine.name, max(run.lanes for run in runs))
 
 
 def _lane_key(run: Run) -> str:

@@ -188,8 +188,22 @@ class Space:
         return Space(tuple(axis if old.name == axis.name else old for old in self.axes))
 
     def without(self, name: str) -> Space:
-        """This space with a field fixed elsewhere: axes that set only it are gone."""
-        return Space(tuple(axis for axis in self.axes if isinstance(axis, Arms) or (axis.sets or axis.name) != name))
+        """This space with a field fixed elsewhere: axes that set only it are gone, arms no longer set it, and arms
+        that now say the same are one."""
+        axes: list[Axis] = []
+        for axis in self.axes:
+            if isinstance(axis, Arms):
+                arms: dict[str, dict[str, Any]] = {}
+                for label, fields in axis.arms.items():
+                    rest = {field: value for field, value in fields.items() if field != name}
+                    if rest not in arms.values():
+                        arms[label] = rest
+                axes.append(Arms(axis.name, arms, axis.when, axis.run_names))
+            elif (axis.sets or axis.name) != name:
+                axes.append(axis)
+            elif any(axis.name in other.when for other in self.axes):
+                raise BadValue(f"{name} cannot be fixed: other axes of this sweep depend on it")
+        return Space(tuple(axes))
 
     def only(self, point: Mapping[str, Any]) -> Space:
         """The space of this one point."""

@@ -21,6 +21,7 @@ import torch
 
 SCHEMA_VERSION = 1
 KEPT = 2
+SEPARATOR = "::"
 log = logging.getLogger(__name__)
 
 
@@ -48,10 +49,16 @@ class CheckpointStore:
             (folder / f"{old:012d}.json").unlink(missing_ok=True)
             (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
 
-    def load(self, run_key: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning."""
+    def load(self, run_key: str, at_most: int | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning.
+
+        at_most: prefer the newest that is not past this step.
+        """
         folder = self._folder / run_key
-        for step in reversed(self._steps(folder)):
+        steps = self._steps(folder)
+        if at_most is not None:
+            steps.sort(key=lambda step: step if step <= at_most else -step)
+        for step in reversed(steps):
             path = folder / f"{step:012d}.json"
             try:
                 plain = json.loads(path.read_text())
@@ -75,12 +82,12 @@ class CheckpointStore:
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Nested dict of tensors -> (path joined by "/", tensor) pairs."""
+    """Nested dict of tensors -> (path joined by SEPARATOR, tensor) pairs."""
     for name, value in state.items():
-        if "/" in name:
-            raise ValueError(f"a state's names must not contain '/': {prefix}{name}")
+        if SEPARATOR in name:
+            raise ValueError(f"a state's names must not contain '{SEPARATOR}': {prefix}{name}")
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
+            yield from flatten(value, f"{prefix}{name}{SEPARATOR}")
         else:
             yield f"{prefix}{name}", value
 
@@ -89,7 +96,7 @@ def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     state: dict[str, Any] = {}
     for path, tensor in tensors.items():
-        *parents, name = path.split("/")
+        *parents, name = path.split(SEPARATOR)
         inner = state
         for parent in parents:
             inner = inner.setdefault(parent, {})

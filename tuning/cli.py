@@ -1,0 +1,312 @@
+"""The command line of every tune script: one command, the same flags, one resolved plan."""
+
+# no `from __future__ import annotations` here: typer evaluates the annotations below, which close over `sweeps`
+
+import os
+import re
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from search_spaces.sweeps import Sweep, Sweeps
+from trainables.family import BadValue, load_family
+from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.sweep import SweepPlan
+from tuning.values import parse_axis, parse_field, replace_axis, split
+
+# typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
+    """Run a family's command line and exit: 0 done, 2 a mistake of the user's (one line), 130 interrupted."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(help=f"Search over {sweeps.family}. SWEEP is a named sweep or a notebook's run (see --list).")(
+        _command(sweeps)
+    )
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
+    except ClickException as error:
+        print(error.format_message().replace("\n", " "), file=sys.stderr)
+        code = 2
+    except typer.Abort:
+        code = 130
+    except BadValue as error:
+        print(str(error), file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
+
+
+def _command(sweeps: Sweeps) -> Any:
+    def command(
+        sweep: Annotated[
+            str | None,
+            typer.Argument(help=f"named sweep or notebook run [default: {sweeps.default}]", show_default=False),
+        ] = None,
+        list_: Annotated[bool, typer.Option("--list", help="show the named sweeps and stop")] = False,
+        plan_: Annotated[
+            bool, typer.Option("--plan", help="show what would run and, from a few steps, how long; then stop")
+        ] = False,
+        data: Annotated[str | None, typer.Option(help="data set [default: the sweep's]")] = None,
+        data_dir: Annotated[
+            Path | None, typer.Option(help="folder of data sets", envvar="LANEWISE_DATA", show_envvar=True)
+        ] = None,
+        trials: Annotated[int | None, typer.Option(help="number of configs [default: the sweep's]")] = None,
+        seeds: Annotated[int | None, typer.Option(help="runs per config [default: the sweep's]")] = None,
+        seed: Annotated[int, typer.Option(help="fixes proposals, initial weights, data order and every draw")] = 0,
+        searcher: Annotated[
+            Literal["grid", "random", "qmc", "optuna", "hyperopt"] | None,
+            typer.Option(help="how configs are proposed [default: the sweep's]"),
+        ] = None,
+        scheduler: Annotated[
+            Literal["asha", "median", "pbt", "none"] | None,
+            typer.Option(help="how hopeless configs are stopped [default: the sweep's]"),
+        ] = None,
+        metric: Annotated[str | None, typer.Option(help="what to optimise [default: the family's headline]")] = None,
+        covariates: Annotated[
+            str | None, typer.Option(help="what else to record: names, 'all' or 'none' [default: the sweep's]")
+        ] = None,
+        lanes: Annotated[str, typer.Option(help="lanes a device and program: auto, off, or a number")] = "auto",
+        engine: Annotated[
+            Literal["auto", "serial", "stacked", "branched"], typer.Option(help="how lanes run; auto measures")
+        ] = "auto",
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="NAME=VALUE", help="fix a program or hyper field; repeatable"),
+        ] = None,
+        space: Annotated[
+            list[str] | None,
+            typer.Option(metavar="NAME=LOW..HIGH[:log]|A,B,C", help="replace a dimension of the space; repeatable"),
+        ] = None,
+        name: Annotated[str | None, typer.Option(help="name of this sweep [default: SWEEP and the time]")] = None,
+        storage: Annotated[Path, typer.Option(help="folder of sweeps")] = Path("sweeps"),
+        tracking_uri: Annotated[
+            str | None, typer.Option(help="MLflow server or database [default: sqlite:///STORAGE/mlflow.db]")
+        ] = None,
+        address: Annotated[str, typer.Option(help="Ray cluster to run on [default: this machine]")] = "",
+        resume: Annotated[
+            str | None, typer.Option(metavar="NAME", help="continue a sweep that was interrupted")
+        ] = None,
+        max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
+        time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
+        quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
+    ) -> int:
+        if list_:
+            print_sweeps(sweeps)
+            return 0
+        if resume is not None:
+            plan = SweepPlan.load(storage / checked_name("--resume", resume))
+            plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
+            return search(plan, quiet, resume=True)
+        plan = resolve(
+            sweeps,
+            sweep,
+            data=data,
+            data_dir=data_dir,
+            trials=trials,
+            seeds=seeds,
+            seed=seed,
+            searcher=searcher,
+            scheduler=scheduler,
+            metric=metric,
+            covariates=covariates,
+            lanes=lanes,
+            engine=engine,
+            settings=set_ or [],
+            dimensions=space or [],
+            name=name,
+            storage=storage,
+            tracking_uri=tracking_uri,
+            address=address,
+            max_concurrent=max_concurrent,
+            time_budget=time_budget,
+        )
+        if plan_:
+            from tuning.estimate import print_plan
+
+            check_data(plan)
+            print_plan(plan, terminal())
+            return 0
+        return search(plan, quiet, resume=False)
+
+    return command
+
+
+def resolve(
+    sweeps: Sweeps,
+    sweep: str | None,
+    *,
+    data: str | None,
+    data_dir: Path | None,
+    trials: int | None,
+    seeds: int | None,
+    seed: int,
+    searcher: str | None,
+    scheduler: str | None,
+    metric: str | None,
+    covariates: str | None,
+    lanes: str,
+    engine: str,
+    settings: list[str],
+    dimensions: list[str],
+    name: str | None,
+    storage: Path,
+    tracking_uri: str | None,
+    address: str,
+    max_concurrent: int,
+    time_budget: float,
+) -> SweepPlan:
+    """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
+    chosen, family = sweeps.find(sweep), load_family(sweeps.family)
+    space, base = chosen.space, dict(chosen.base)
+    for text in dimensions:
+        space = replace_axis(space, parse_axis(family, space, text))
+    fixed = dict(split("--set", text) for text in settings)
+    if data is not None:
+        fixed["data"] = data
+    for field, text in fixed.items():
+        base[field] = text if field == "preset" else parse_field(family, field, text)
+        space = space.without(field)
+    _at_least("--seeds", seeds, 1)
+    _at_least("--trials", trials, 1)
+    _at_least("--max-concurrent", max_concurrent, 0)
+    _at_least("--time-budget", time_budget, 0)
+    if not 0 <= seed < 200_000:
+        raise BadValue(f"--seed {seed} should be between 0 and 199999")
+    if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
+        raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
+    if engine == "branched":
+        raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
+    if data_dir is not None and not data_dir.is_dir():
+        raise BadValue(f"--data-dir {data_dir} is not a folder")
+    objective = metric or chosen.metric or family.headline
+    directed = [key for key, m in family.metrics.items() if m.mode != "none"]
+    if objective not in directed:
+        raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
+    storage = storage.expanduser().resolve()
+    searcher = searcher or chosen.searcher
+    plan = SweepPlan(
+        name=checked_name("--name", name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"),
+        family=sweeps.family,
+        sweep=chosen.name,
+        doc=chosen.doc,
+        space=space,
+        base=base,
+        seed=seed,
+        seeds=chosen.seeds if seeds is None else seeds,
+        trials=trials if trials is not None else chosen.trials,
+        searcher=searcher,
+        scheduler=scheduler or chosen.scheduler,
+        metric=objective,
+        covariates=_covariates(covariates, chosen),
+        engine=engine,
+        lanes=lanes,
+        storage=storage,
+        tracking_uri=tracking_uri or f"sqlite:///{storage / 'mlflow.db'}",
+        address=address,
+        data_dir=data_dir.resolve() if data_dir else None,
+        max_concurrent=max_concurrent,
+        time_budget=time_budget,
+        command=tuple(sys.argv),
+    )
+    if searcher == "grid":
+        grid = space.size()
+        if grid is None:
+            next(space.grid())  # names the range that cannot be enumerated
+        plan = replace(plan, trials=min(plan.trials or grid or 0, grid or 0))
+    elif plan.trials is None and space.size() is None:
+        raise BadValue(f"{chosen.name} has a continuous range: say how many configs to try with --trials")
+    plan.reference  # noqa: B018  # contradictions among the fields are told here
+    return plan
+
+
+def _covariates(flag: str | None, chosen: Sweep) -> tuple[str, ...]:
+    if flag is None:
+        return chosen.covariates
+    return () if flag == "none" else tuple(part.strip() for part in flag.split(",") if part.strip())
+
+
+def _at_least(flag: str, value: float | None, low: int) -> None:
+    if value is not None and value < low:
+        raise BadValue(f"{flag} {value} should be {low} or more")
+
+
+def checked_name(flag: str, name: str) -> str:
+    """A name that stays inside the storage folder, or `BadValue`."""
+    if not NAME.fullmatch(name):
+        raise BadValue(
+            f"{flag} {name!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
+        )
+    return name
+
+
+def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
+    """Run a plan with everything a person sees. Returns the exit code."""
+    check_data(plan)
+    if not resume:
+        refuse_existing(plan)
+        write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
+    console = terminal()
+    try:
+        outcome = run(plan, console, quiet, resume)
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            print(f"the sweep failed ({type(error).__name__}): see {_shown(plan.folder / 'log.txt')}", file=sys.stderr)
+        console.print(f"continue it with: {_resume_command(plan)}", soft_wrap=True)
+        raise
+    if not quiet:
+        print_end(plan, outcome, console)
+    return 130 if outcome.interrupted else 0
+
+
+def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
+    """The three lines: where the report is, how to open MLflow, how to resume."""
+    lines = Table.grid(padding=(0, 2))
+    uri = plan.tracking_uri
+    if uri.startswith("sqlite:///"):
+        opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
+    else:
+        opened = uri
+    lines.add_row("report", _shown(plan.folder / "report" / "index.html"))
+    lines.add_row("MLflow", opened)
+    lines.add_row("resume", _resume_command(plan))
+    console.print()
+    console.print(lines, soft_wrap=True)
+
+
+def _resume_command(plan: SweepPlan) -> str:
+    script = Path(plan.command[0]).name if plan.command else "tune.py"
+    default = Path("sweeps").resolve() == plan.storage
+    return f"python {script} --resume {plan.name}" + ("" if default else f" --storage {_shown(plan.storage)}")
+
+
+def _shown(path: Path) -> str:
+    """Relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)
+
+
+def print_sweeps(sweeps: Sweeps) -> None:
+    """Every named sweep: configs, seeds, steps of one run, and the notebook's run names in it."""
+    console, family = terminal(), load_family(sweeps.family)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, justify in (("sweep", "left"), ("configs", "right"), ("seeds", "right"), ("steps/run", "right")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("what")
+    for sweep in sweeps.sweeps:
+        point = sweep.space.at({axis.name: 0.0 for axis in sweep.space.axes})
+        values = {**sweep.base, **sweep.space.assignments(point)}
+        values = {**family.presets.get(values.pop("preset", ""), {}), **values}
+        steps = family.schedule(family.build(values)[0]).steps
+        names = ", ".join(sweep.run_names())
+        what = f"{sweep.doc} [{sweep.kind}]" + (f"\nruns: {names}" if names else "")
+        mark = " (default)" if sweep.name == sweeps.default else ""
+        table.add_row(f"{sweep.name}{mark}", str(sweep.configs or "any"), str(sweep.seeds), f"{steps:,}", Text(what))
+    console.print(table)

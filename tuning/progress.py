@@ -1,0 +1,178 @@
+"""What a person sees while a sweep runs: one live line, then one table, then three lines."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tuning.journal import Event
+
+QUIET_SECONDS = 15.0
+"""Without a terminal, a line is printed this often instead of redrawn."""
+
+
+class Progress:
+    """The live line: done, running, pruned, best so far, time to finish.
+
+    Args:
+        console: where to draw; `None` draws nothing (--quiet).
+        budget: configs the sweep will try.
+        metric, mode: the objective.
+    """
+
+    def __init__(self, console: Console | None, budget: int, metric: str, mode: str):
+        self._console = console
+        self._budget, self._metric, self._mode = budget, metric, mode
+        self._running: dict[str, float] = {}  # trial -> fraction of its length done
+        self._ended: dict[str, int] = {}
+        self._best: dict[float, tuple[float, str]] = {}  # progress -> best value there, and whose
+        self._labels: dict[str, str] = {}
+        self._started = time.monotonic()
+        self._first_work: float | None = None
+        self._printed = self._started
+        self._phase = "starting Ray"
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self._console is not None and self._console.is_terminal:
+            self._live = Live(get_renderable=self.line, console=self._console, refresh_per_second=4, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*exc)
+
+    def phase(self, text: str) -> None:
+        """What is going on when no config is: starting, writing the report."""
+        self._phase = text
+        self.draw()
+
+    def apply(self, event: Event) -> None:
+        """Follow the journal."""
+        trial = event.get("trial", "")
+        if event["event"] in ("proposed", "resumed"):
+            self._phase = ""
+            self._first_work = self._first_work or time.monotonic()
+            self._labels[trial] = event.get("label") or self._labels.get(event.get("replaces", ""), "")
+            if event["event"] == "resumed":
+                self._running.pop(event["replaces"], None)
+            self._running[trial] = 0.0
+        elif event["event"] == "report":
+            self._running[trial] = event["fraction"]
+            value = event["values"].get(self._metric, math.nan)
+            there = self._best.get(event["fraction"])
+            if math.isfinite(value) and (there is None or self._better(value, there[0])):
+                self._best[event["fraction"]] = (value, self._labels.get(trial, ""))
+        elif event["event"] == "end":
+            self._running.pop(trial, None)
+            reason = event["stop_reason"]
+            self._ended[reason] = self._ended.get(reason, 0) + 1
+
+    def draw(self) -> None:
+        """Without a terminal: a plain line now and then."""
+        now = time.monotonic()
+        if self._console is not None and self._live is None and now - self._printed > QUIET_SECONDS:
+            self._printed = now
+            self._console.print(self.line())
+
+    def _better(self, a: float, b: float) -> bool:
+        return a > b if self._mode == "max" else a < b
+
+    @property
+    def ended(self) -> Mapping[str, int]:
+        return self._ended
+
+    def line(self) -> Text:
+        done, elapsed = sum(self._ended.values()), time.monotonic() - self._started
+        if self._phase:
+            return Text(f"{self._phase} ... {clock(elapsed)}")
+        parts = [
+            f"{done}/{self._budget} done",
+            f"{len(self._running)} running",
+            f"{self._ended.get('stopped', 0)} pruned",
+        ]
+        for reason in ("diverged", "oom", "crashed"):
+            if self._ended.get(reason):
+                parts.append(f"{self._ended[reason]} {reason}")
+        if self._best:
+            furthest = max(self._best)  # an early rung's value does not compare with a later one's
+            value, label = self._best[furthest]
+            where = "" if furthest >= 1 else f" at {furthest:.0%}"
+            parts.append(f"best {self._metric} {value:.4f}{where} ({label})")
+        parts += [clock(elapsed), self._eta()]
+        return Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
+
+    def _eta(self) -> str:
+        done = sum(self._ended.values())
+        if not done or self._first_work is None:
+            return "time to finish: measuring"
+        partly = sum(self._running.values()) * 0.5  # a running config may still be pruned
+        rate = (done + partly) / (time.monotonic() - self._first_work)
+        return f"{clock((self._budget - done - partly) / rate)} to finish"
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1m15s, 4000 -> 1h06m."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, shown: int = 10) -> Table:
+    """The best configs: mean and spread over seeds of the objective at the last report, stop reason, cost.
+
+    Args:
+        rows: of the runs table.
+    """
+    configs: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        configs.setdefault(row["config_key"], []).append(row)
+    ranked = []
+    for runs in configs.values():
+        values = [row[f"final.{metric}"] for row in runs if math.isfinite(row.get(f"final.{metric}", math.nan))]
+        ranked.append((statistics.fmean(values) if values else math.nan, values, runs))
+    # finished configs first: a value at an early rung is not a result
+    ranked.sort(
+        key=lambda entry: (
+            not any(row["stop_reason"] == "finished" for row in entry[2]),
+            math.isnan(entry[0]),
+            0.0 if math.isnan(entry[0]) else (-entry[0] if mode == "max" else entry[0]),
+        )
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("config", no_wrap=True, overflow="ellipsis")
+    for name, width in ((metric, 7), ("± sd", 6), ("seeds", 5), ("epochs", 7)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(width, len(name)))
+    table.add_column("stop reason", no_wrap=True, min_width=14)
+    table.add_column("device time", justify="right", no_wrap=True, min_width=11)
+    for mean, values, runs in ranked[:shown]:
+        reasons = sorted({describe(row) for row in runs})
+        table.add_row(
+            runs[0]["label"],
+            "-" if math.isnan(mean) else f"{mean:.4f}",
+            f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-",
+            str(len(runs)),
+            f"{max(row['epoch'] for row in runs)}/{runs[0]['epochs_total']}",
+            ", ".join(reasons),
+            clock(sum(row["device_seconds"] for row in runs)),
+        )
+    if len(ranked) > shown:
+        table.add_row(f"... and {len(ranked) - shown} more", "", "", "", "", "", "")
+    return table
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A run's stop reason, with the epoch where the scheduler stopped it."""
+    return f"stopped at {row['rung']}" if row["stop_reason"] == "stopped" else row["stop_reason"]

@@ -1,0 +1,111 @@
+"""Follows Ray Tune from inside the driver: writes the journal, keeps the runs table, moves the progress line.
+
+A Tune callback runs in the driver's loop, so that nothing here may wait for a network: MLflow is fed from the journal
+by a process of its own (`tuning.sync`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+
+from tuning.checkpoints import CheckpointStore
+from tuning.journal import Event, Journal
+from tuning.progress import Progress
+from tuning.runs import RunTable
+from tuning.sweep import SweepPlan
+
+TABLE_SECONDS = 5.0
+
+
+class Recorder(Callback):
+    """One for a sweep. `on_decision` is for the scheduler, `apply` for events that others wrote."""
+
+    def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
+        self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
+        self._checkpoints = CheckpointStore(plan.folder / "checkpoints")
+        self._decisions: dict[str, str] = {}
+        self._config_of: dict[str, str] = {}
+        self._written = time.monotonic()
+        self.results = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that is never used; the journal is what lasts."""
+        return {}
+
+    def apply(self, event: Event) -> None:
+        """Take an event into the table and the progress line."""
+        if event["event"] == "proposed":
+            self._config_of[event["trial"]] = event["config_key"]
+        self._table.apply(event)
+        self._progress.apply(event)
+
+    def on_decision(self, trial: Any, result: Mapping[str, Any], decision: str) -> None:
+        self._decisions[trial.trial_id] = decision
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        self.apply(self._journal.write(kind, **fields))
+
+    # --- Tune's side ---
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.results += 1
+        identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
+        if self._config_of.get(trial.trial_id, result["config_key"]) != result["config_key"]:
+            self._exploited(trial.trial_id, result)
+        self._config_of[trial.trial_id] = result["config_key"]
+        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
+        self._write(
+            "report",
+            **identity,
+            **{name: result[name] for name in fields},
+            fraction=result["progress"] / self._plan.length,
+        )
+        decision = "STOP" if result["done"] else self._decisions.pop(trial.trial_id, "CONTINUE")
+        self._write("decision", **identity, epoch=result["epoch"], decision=decision)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        result = trial.last_result or {}
+        self._end(trial, result.get("stop_reason") or "stopped", result.get("epoch", 0))
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        path = trial.error_file
+        text = Path(path).read_text() if path and Path(path).is_file() else "the trial's process died"
+        error = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown error")
+        self._end(trial, "crashed", (trial.last_result or {}).get("epoch", 0), error=error[:500])
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self._progress.draw()
+        if time.monotonic() - self._written > TABLE_SECONDS:
+            self.write_table()
+
+    def write_table(self) -> None:
+        """runs.parquet as of now."""
+        if self._table.rows:
+            self._table.write(self._plan.folder / "runs.parquet")
+        self._written = time.monotonic()
+
+    def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
+        key = self._config_of.get(trial.trial_id, trial.config["config_key"])
+        self._write("end", trial=trial.trial_id, config_key=key, stop_reason=reason, epoch=epoch, error=error)
+        if self._plan.scheduler != "pbt" and reason not in ("crashed", "oom"):  # PBT's others may still take from it
+            for run in self._table.runs_of.get(trial.trial_id, ()):
+                self._checkpoints.discard(run)
+
+    def _exploited(self, trial: str, result: Mapping[str, Any]) -> None:
+        """PBT gave this trial another's weights and perturbed hypers: the old config ends, a new one goes on."""
+        self._write("end", trial=trial, config_key=self._config_of[trial], stop_reason="stopped", epoch=result["epoch"])
+        config = result["config_made"]
+        self._write(
+            "proposed",
+            index=-1,
+            trial=trial,
+            config_key=result["config_key"],
+            algorithm=config["algorithm"],
+            runs={seed: report["run_key"] for seed, report in result["per_seed"].items()},
+            **{name: config[name] for name in ("label", "point", "values", "program", "hyper", "epochs")},
+        )

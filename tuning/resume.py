@@ -1,0 +1,102 @@
+"""Resuming: searcher, scheduler and tables are brought back by playing the journal to them, in its order.
+
+Tune's own restore loses rungs (ray#30838) and trials whose checkpoint was rotated; here nothing of Tune's is restored.
+The searcher is asked for every point it gave and told every end, so that its random state and its model are where they
+were; the scheduler hears every report again, so that rungs hold what they held; a config without an end is proposed
+again under a new trial id and continues from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tuning.journal import Event, read
+from tuning.searchers import Source, outcome_of
+from tuning.sweep import SweepPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Past:
+    """What the journal says of a sweep so far.
+
+    Args:
+        events: all of them.
+        proposed: number of proposals.
+        seeds_used: config key -> runs it has.
+        unfinished: proposals without an end: the `proposed` event with `trial` its newest id, `trial_first` the id the
+            searcher knows, and `reported` the last epoch whose report was journalled.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    proposed: int = 0
+    seeds_used: dict[str, int] = field(default_factory=dict)
+    unfinished: list[Event] = field(default_factory=list)
+
+
+def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Past:
+    """Play the journal to a fresh source and scheduler."""
+    past = Past()
+    open_trials: dict[str, Event] = {}
+    stand_ins: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for event, _ in read(journal):
+        past.events.append(event)
+        trial = event.get("trial", "")
+        if event["event"] == "proposed":
+            if event["index"] >= 0:
+                _ask_again(source, event)
+                past.proposed += 1
+            key = event["config_key"]
+            past.seeds_used[key] = past.seeds_used.get(key, 0) + len(event["runs"])
+            open_trials[trial] = {**event, "trial_first": trial, "reported": 0}
+            stand_ins[trial] = SimpleNamespace(trial_id=trial, config={"point": event["point"]})
+            scheduler.on_trial_add(None, stand_ins[trial])
+        elif event["event"] == "resumed":
+            earlier = open_trials.pop(event["replaces"])
+            open_trials[trial] = {**earlier, "trial": trial}
+            stand_ins[trial] = stand_ins[event["replaces"]]
+            results[trial] = results.get(event["replaces"], {})
+        elif event["event"] == "report":
+            proposal = open_trials[trial]
+            proposal["reported"] = event["epoch"]
+            value = event["values"].get(plan.metric, float("nan"))
+            results[trial] = {"progress": event["progress"], plan.metric: value, "done": event["done"]}
+        elif event["event"] == "decision":
+            proposal, result = open_trials[trial], results[trial]
+            if not result["done"]:
+                scheduler.on_trial_result(None, stand_ins[trial], result)
+                source.report(proposal["trial_first"], result["progress"], result[plan.metric])
+        elif event["event"] == "end":
+            proposal = open_trials.pop(trial)
+            result = {**results.get(trial, {}), "stop_reason": event["stop_reason"]}
+            error = event["stop_reason"] in ("crashed", "oom")
+            if error:
+                scheduler.on_trial_error(None, stand_ins[trial])
+            else:
+                scheduler.on_trial_complete(None, stand_ins[trial], result)
+            if proposal["index"] >= 0:
+                outcome, value = outcome_of(result, error, plan.metric)
+                source.tell(proposal["trial_first"], outcome, value)
+    past.unfinished = list(open_trials.values())
+    return past
+
+
+def _ask_again(source: Source, event: Event) -> None:
+    point = source.ask(event["trial"])
+    if point is None or _plain(point) != _plain(event["point"]):
+        log.warning(
+            "the searcher now proposes %s where it proposed %s: a library changed since; what ran keeps its results, "
+            "what comes next may differ from an undisturbed run",
+            point,
+            event["point"],
+        )
+
+
+def _plain(point: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in point.items()}

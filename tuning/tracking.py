@@ -1,0 +1,343 @@
+"""MLflow, from what is on disk: sweep run -> config runs -> seed runs. The only module of `tuning` that imports MLflow.
+
+The journal and the epochs' Parquet files are the source; this is a projection of them that may lag, stop, and start
+again. A run is found by its tags before it is made, points carry the time at which they were recorded, and how far the
+delivery got is saved after each batch: delivering twice changes nothing, and a server that is away costs a delay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tuning.journal import Event, read
+from tuning.runs import RunTable, load_plain
+
+CURVE_POINTS = 1000
+STEPS_ARTIFACT_BYTES = 100_000_000
+STATUS = {
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "diverged": "FAILED",
+    "oom": "FAILED",
+    "crashed": "FAILED",
+    "cancelled": "KILLED",
+}
+
+
+class Tracker:
+    """Delivers one sweep.
+
+    Args:
+        folder: the sweep's folder.
+    """
+
+    def __init__(self, folder: Path):
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+        from mlflow import MlflowClient
+
+        self._folder = folder
+        self._plain = load_plain(folder)
+        self._client = MlflowClient(self._plain["tracking_uri"])
+        self._path = folder / "tracking.json"
+        self._state: dict[str, Any] = {"offset": 0, "parts": [], "logged": {}, "artifacts": False}
+        if self._path.is_file():
+            self._state = json.loads(self._path.read_text())
+        self._table = RunTable(self._plain)
+        self._experiment = ""
+        self._ids: dict[tuple[str, str], str] = {}  # (kind, key) -> MLflow run id
+        self._pending: dict[str, dict[str, list]] = defaultdict(lambda: {"metrics": [], "params": [], "tags": []})
+        self._status: dict[str, tuple[str, int]] = {}
+        self.finished = False
+
+    def connect(self) -> None:
+        """Find or make the experiment and the sweep's run, and every run delivered before."""
+        name = f"{self._plain['family']}/{self._plain['sweep']}"
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            uri = self._plain["tracking_uri"]
+            location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
+            self._experiment = self._client.create_experiment(name, artifact_location=location)
+        else:
+            self._experiment = experiment.experiment_id
+        self._find_runs()
+        self._sweep_run()
+        # the table needs the whole past, the delivery only what is new
+        for event, offset in read(self._folder / "journal.jsonl"):
+            if offset <= self._state["offset"]:
+                self._table.apply(event)
+                self._note_finish(event)
+
+    def deliver(self) -> int:
+        """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        if not self._experiment:
+            self.connect()
+        offset, sent = self._state["offset"], 0
+        for event, after in read(self._folder / "journal.jsonl", offset):
+            self._table.apply(event)
+            self._event(event)
+            self._note_finish(event)
+            offset, sent = after, sent + 1
+        new_parts, logged = self._new_points()
+        for run_id, content in self._pending.items():
+            metrics = [Metric(*entry) for entry in content["metrics"]]
+            params = [Param(key, str(value)[:6000]) for key, value in content["params"]]
+            tags = [RunTag(key, str(value)[:8000]) for key, value in content["tags"]]
+            sent += len(metrics)
+            for metric_part, param_part, tag_part in _batches(metrics, params, tags):
+                self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
+        for run_id, (status, at) in self._status.items():
+            if status == "RUNNING":
+                self._client.update_run(run_id, status="RUNNING")
+            else:
+                self._client.set_terminated(run_id, status, at)
+        self._pending.clear()
+        self._status.clear()
+        self._state["offset"] = offset
+        self._state["parts"] += new_parts
+        self._state["logged"].update(logged)
+        self._save()
+        return sent
+
+    def artifacts(self) -> None:
+        """The command and space, the runs table and the curves, on the sweep's run."""
+        run = self._ids["sweep", self._plain["name"]]
+        for name in ("sweep.json", "runs.parquet"):
+            if (self._folder / name).is_file():
+                self._client.log_artifact(run, str(self._folder / name))
+        for kind in ("epochs", "steps", "covariates"):
+            folder = self._folder / kind
+            if not folder.is_dir():
+                continue
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            if kind == "epochs" or size <= STEPS_ARTIFACT_BYTES:
+                self._client.log_artifacts(run, str(folder), kind)
+            else:
+                self._client.set_tag(run, f"{kind}_folder", str(folder.resolve()))
+
+    # --- runs ---
+
+    def _find_runs(self) -> None:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment],
+                f"tags.sweep = '{self._plain['name']}'",
+                max_results=1000,
+                page_token=token,
+            )
+            for run in page:
+                kind = run.data.tags.get("kind", "")
+                key = {"sweep": "sweep", "config": "config_key", "run": "run_key"}.get(kind)
+                if key:
+                    self._ids[kind, run.data.tags[key]] = run.info.run_id
+            token = page.token
+            if not token:
+                return
+
+    def _sweep_run(self) -> None:
+        plain = self._plain
+        if ("sweep", plain["name"]) in self._ids:
+            return
+        tags = {
+            "kind": "sweep",
+            "family": plain["family"],
+            "sweep": plain["name"],
+            "git_commit": plain["git"]["commit"],
+            "git_dirty": str(plain["git"]["dirty"]).lower(),
+            "mlflow.note.content": plain["doc"],
+        }
+        started = int(datetime.fromisoformat(plain["started_at"]).timestamp() * 1000)
+        run = self._client.create_run(self._experiment, started, tags, plain["name"])
+        self._ids["sweep", plain["name"]] = run.info.run_id
+        shown = ("sweep", "searcher", "seeds", "seed", "trials", "metric", "engine", "lanes")
+        params = {name: plain[name] for name in shown} | {"scheduler": plain["scheduler"]["name"]}
+        self._pending[run.info.run_id]["params"] += params.items()
+
+    def _run(self, kind: str, key: str, parent: str, name: str, tags: Mapping[str, str], at: int) -> str:
+        """The MLflow run of a config or a seed, made if it is new."""
+        if (kind, key) not in self._ids:
+            common = {
+                "kind": kind,
+                "mlflow.parentRunId": parent,
+                "family": self._plain["family"],
+                "sweep": self._plain["name"],
+                "git_commit": self._plain["git"]["commit"],
+                "git_dirty": str(self._plain["git"]["dirty"]).lower(),
+            }
+            run = self._client.create_run(self._experiment, at, {**common, **tags}, name)
+            self._ids[kind, key] = run.info.run_id
+        return self._ids[kind, key]
+
+    # --- events ---
+
+    def _note_finish(self, event: Event) -> None:
+        if event["event"] in ("begin", "finish"):
+            self.finished = event["event"] == "finish"
+
+    def _event(self, event: Event) -> None:
+        at = int(datetime.fromisoformat(event["time"]).timestamp() * 1000)
+        kind = event["event"]
+        if kind == "begin":
+            self._status[self._ids["sweep", self._plain["name"]]] = ("RUNNING", at)
+        elif kind == "proposed":
+            self._propose(event, at)
+        elif kind == "resumed":
+            for key in [*self._table.runs_of[event["trial"]]]:
+                self._status[self._ids["run", key]] = ("RUNNING", at)
+            self._status[self._ids["config", event["config_key"]]] = ("RUNNING", at)
+        elif kind == "report":
+            run = self._ids["config", event["config_key"]]
+            metric = self._plain["metric"]
+            self._metrics(run, {metric: event["values"].get(metric)}, at, event["epoch"])
+        elif kind == "end":
+            self._end(event, at)
+        elif kind == "finish":
+            self._finish(event, at)
+
+    def _propose(self, event: Event, at: int) -> None:
+        params = {**event["program"], **event["hyper"]}
+        config = self._run(
+            "config",
+            event["config_key"],
+            self._ids["sweep", self._plain["name"]],
+            event["label"],
+            {"algorithm": event["algorithm"], "config_key": event["config_key"]},
+            at,
+        )
+        self._pending[config]["params"] += params.items()
+        for seed, key in event["runs"].items():
+            run = self._run(
+                "run",
+                key,
+                config,
+                f"{event['label']} seed {seed}",
+                {
+                    "algorithm": event["algorithm"],
+                    "config_key": event["config_key"],
+                    "run_key": key,
+                    "seed": str(seed),
+                },
+                at,
+            )
+            self._pending[run]["params"] += [*params.items(), ("seed", seed)]
+
+    def _end(self, event: Event, at: int) -> None:
+        keys = self._table.runs_of.get(event["trial"], [])
+        rows = [self._table.rows[key] for key in keys]
+        for key, row in zip(keys, rows, strict=True):
+            run = self._ids["run", key]
+            self._pending[run]["tags"] += _tags(row, row["stop_reason"])
+            self._metrics(run, _summary(row), at, row["epoch"])
+            self._status[run] = (STATUS.get(row["stop_reason"], "KILLED"), at)
+        self._describe_config(event["config_key"], event["stop_reason"], at)
+
+    def _describe_config(self, config_key: str, reason: str, at: int) -> None:
+        """Mean, spread and number of seeds of everything the config's runs ended with."""
+        rows = [row for row in self._table.rows.values() if row["config_key"] == config_key]
+        run = self._ids["config", config_key]
+        values: dict[str, float | None] = {"seeds": float(len(rows))}
+        for name in sorted({name for row in rows for name in _summary(row)}):
+            numbers = [row_value for row in rows if (row_value := _summary(row).get(name)) is not None]
+            finite = [value for value in numbers if math.isfinite(value)]
+            if finite:
+                mean = sum(finite) / len(finite)
+                values[name] = mean
+                if len(finite) > 1:
+                    values[f"{name}_sd"] = math.sqrt(sum((x - mean) ** 2 for x in finite) / (len(finite) - 1))
+        self._metrics(run, values, at, max(row["epoch"] for row in rows))
+        total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
+        self._pending[run]["tags"] += _tags(total, reason)
+        self._status[run] = (STATUS.get(reason, "KILLED"), at)
+
+    def _finish(self, event: Event, at: int) -> None:
+        sweep = self._ids["sweep", self._plain["name"]]
+        metric, mode = self._plain["metric"], self._plain["mode"]
+        values = [row.get(f"final.{metric}") for row in self._table.rows.values()]
+        finite = [value for value in values if value is not None and math.isfinite(value)]
+        if finite:
+            self._metrics(sweep, {f"best/{metric}": max(finite) if mode == "max" else min(finite)}, at, 0)
+        for row in self._table.rows.values():
+            if row["stop_reason"] == "cancelled":
+                for run in (self._ids["run", row["run_key"]], self._ids["config", row["config_key"]]):
+                    self._pending[run]["tags"].append(("stop_reason", "cancelled"))
+                    self._status[run] = ("KILLED", at)
+        self._status[sweep] = ("FINISHED" if event["reason"] == "done" else "KILLED", at)
+
+    def _metrics(self, run: str, values: Mapping[str, float | None], at: int, step: int) -> None:
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                self._pending[run]["metrics"].append((name, float(value), at, int(step)))
+
+    # --- curves ---
+
+    def _new_points(self) -> tuple[list[str], dict[str, int]]:
+        """Queue the points of part files not read before; at most about CURVE_POINTS a curve, the last always."""
+        folder = self._folder / "epochs"
+        known = set(self._state["parts"])
+        new = sorted(path for path in folder.glob("*.parquet") if path.name not in known) if folder.is_dir() else []
+        read_parts, logged = [], dict[str, int]()
+        for path in new:
+            rows = pq.read_table(path).to_pylist()
+            if any(("run", row["run_key"]) not in self._ids for row in rows):
+                continue  # its proposal is not in the journal yet
+            read_parts.append(path.name)
+            for row in rows:
+                self._point(row, logged)
+        return read_parts, logged
+
+    def _point(self, row: dict[str, Any], logged: dict[str, int]) -> None:
+        key, epoch = row["run_key"], row["epoch"]
+        total = self._table.rows[key]["epochs_total"]
+        stride = -(-total // CURVE_POINTS)
+        done = logged.get(key, self._state["logged"].get(key, 0))
+        if epoch <= done or (epoch % stride and epoch != total):
+            return
+        at = int(row["time"].timestamp() * 1000)
+        values = {name: row[name] for name in self._plain["metrics"] if row.get(name) is not None}
+        self._metrics(self._ids["run", key], values, at, epoch)
+        logged[key] = epoch
+
+    def _save(self) -> None:
+        scratch = self._path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self._state))
+        os.replace(scratch, self._path)
+
+
+def _summary(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """final/ and best/ values of a row of the runs table."""
+    return {
+        name.replace(".", "/", 1): value
+        for name, value in row.items()
+        if name.startswith(("final.", "best.")) and value is not None
+    }
+
+
+def _tags(row: Mapping[str, Any], reason: str) -> Iterable[tuple[str, str]]:
+    return [
+        ("stop_reason", reason),
+        ("engine", str(row.get("engine", ""))),
+        ("lanes", str(row.get("lanes", ""))),
+        ("device", str(row.get("device", ""))),
+        ("device_seconds", f"{row['device_seconds']:.3f}"),
+    ]
+
+
+def _batches(metrics: list, params: list, tags: list) -> Iterable[tuple[list, list, list]]:
+    """MLflow's limits: 1000 metrics, 100 params, 100 tags and 1000 entities together, a call."""
+    while metrics or params or tags:
+        yield metrics[:700], params[:100], tags[:100]
+        metrics, params, tags = metrics[700:], params[100:], tags[100:]
