@@ -6,10 +6,8 @@ A check that does not apply (no covariates, one config, no train metric) gives n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,48 +17,10 @@ from analysis.compare import plain
 from analysis.curves import curve_metric, learning_curves
 from analysis.figures import rounded
 from analysis.importance import main_effects
+from analysis.patient import Card, Patient, Status
 from analysis.statistics import paired_p
 from analysis.store import Sweep, open_sweep
-from analysis.summary import pivot, scores, summarise
-
-Status = Literal["PASS", "WARN", "FAIL"]
-
-
-@dataclass(frozen=True)
-class Card:
-    """One check's outcome."""
-
-    status: Status
-    check: str
-    evidence: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What the checks look at, each part read once."""
-
-    sweep: Sweep
-    metric: str
-
-    @cached_property
-    def runs(self) -> pd.DataFrame:
-        return scores(self.sweep, self.metric)
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        return summarise(self.sweep, self.runs, self.metric)
-
-    @cached_property
-    def judged(self) -> pd.DataFrame:
-        """Configs that may be compared, best first."""
-        return self.table[self.table["judged"]] if len(self.table) else self.table
-
-    @cached_property
-    def matrix(self) -> pd.DataFrame:
-        """Judged scores, configs x seeds, higher is better, without gaps."""
-        sign = -1.0 if self.sweep.mode(self.metric) == "min" else 1.0
-        return sign * pivot(self.runs).dropna()
+from analysis.summary import scores
 
 
 def examine(storage: Path | str, name: str, metric: str | None = None) -> pd.DataFrame:
@@ -356,7 +316,7 @@ def dimensions(patient: Patient) -> Card | None:
         key = str(event.get("config_key"))
         proposed[key] = proposed.get(key, 0) + 1
     twice = sum(count - 1 for count in proposed.values())
-    idle = [a["name"] for a in patient.sweep.axes if _values_used(patient, a["name"]) == 1 and _choices(a) > 1]
+    idle = [a["name"] for a in patient.sweep.axes if _stuck(patient, a["name"]) and _choices(a) > 1]
     same = _same_results(patient)
     effects = main_effects(patient.sweep, patient.judged, patient.metric)
     weak = [str(r["axis"]) for r in effects.to_dict("records") if r["high"] < 0.01] if len(patient.judged) >= 20 else []
@@ -374,9 +334,12 @@ def dimensions(patient: Patient) -> Card | None:
     return Card("PASS", "dimensions", "every axis was varied and no two configs gave equal results")
 
 
-def _values_used(patient: Patient, axis: str) -> int:
+def _stuck(patient: Patient, axis: str) -> bool:
+    """Whether three configs or more have the axis, and all at one value."""
     column = f"axis.{axis}"
-    return int(patient.table[column].nunique()) if column in patient.table else 0
+    if column not in patient.table:
+        return False
+    return int(patient.table[column].notna().sum()) >= 3 and int(patient.table[column].nunique()) == 1
 
 
 def _choices(axis: dict) -> int:

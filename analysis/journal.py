@@ -211,7 +211,9 @@ def differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.
     if beaten:
         named = ", ".join(f"{labels[b]} ({p_text(with_best[b])})" for b in beaten[:3])
         more = f" and {len(beaten) - 3} more" if len(beaten) > 3 else ""
-        said.append(f"{labels[0]} beats {named}{more}; paired over {n} seeds, Holm over {pairs} pairs")
+        said.append(
+            f"{labels[0]} beats {named}{more}; paired over {n} seeds, Holm over {pairs} pair{'s' if pairs != 1 else ''}"
+        )
     open_pairs = max(1, int((~(adjusted < alpha)).sum()))
     for b in tied[:3]:
         needed = more_seeds(y[0], y[b], alpha=alpha / open_pairs)

@@ -228,7 +228,7 @@ def pareto(table: pd.DataFrame, metric: str, unit: str = "", mode: str = "max") 
             short(row["label"], 22),
             (row["device_seconds"], row["mean"]),
             textcoords="offset points",
-            xytext=(5, -3 if mode == "min" else 4),
+            xytext=(4, 5),
             fontsize=7,
         )
     if is_log(rows["device_seconds"]):
