@@ -54,8 +54,8 @@ def step(program: Program, state: State, hyper: Hypers, data: dict[str, Tensor])
         state["nu"],
         state["step"] + 1,
         {name: rate * shares[name] if name in shares else rate for name in grads},
-        b1=hyper["b1"],  # type: ignore[arg-type]  # per-lane decays: every use is arithmetic
-        b2=hyper["b2"],  # type: ignore[arg-type]
+        b1=hyper["b1"],
+        b2=hyper["b2"],
         decoupled_decay={name: hyper["weight_decay"] if name in decayed else zero for name in grads},
     )
     metrics = {
