@@ -272,8 +272,8 @@ def test_default_hyper_is_the_journal_s_last_base():
 
 @pytest.mark.heavy
 def test_nanogpt_s_laptop_configuration_reaches_its_published_loss(data_dir, cache_dir):
-    """nanoGPT's README: validation loss 1.88 after 2,000 steps, on 20 random batches. A plain PyTorch loop of it reached
-    1.912 on all held-out windows, as they are taken here."""
+    """nanoGPT's README: validation loss 1.88 after 2,000 steps, on 20 random batches. A plain PyTorch loop of it got
+    to 1.912 on all held-out windows, as they are taken here."""
     program, hyper = FAMILY.build(FAMILY.presets["nanogpt_cpu"])
     engine = SerialEngine(FAMILY, program, put(FAMILY.load(program, data_dir, cache_dir), "cpu"))
     engine.insert("me", hyper, 0)
