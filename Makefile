@@ -13,7 +13,7 @@ KEY := $(shell cat pyproject.toml constraints.txt requirements-reference.txt | c
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
-PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --log $(VENV)/pip.log -c constraints.txt
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-heavy test-gpu lint install install-dev clean
 .SILENT:
@@ -49,7 +49,7 @@ $(MADE):
 
 # torch first and by its own version, so that nothing that depends on it can choose another build
 $(INSTALLED): | $(MADE)
-	echo "installing into $(VENV), pinned (minutes the first time; details in $(VENV)/pip.log)"
+	echo "installing into $(VENV), pinned (minutes the first time)"
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e .
 	touch $@
