@@ -127,19 +127,28 @@ class Engine(ABC):
         return curves
 
     def evaluate(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Evaluate lanes that have just ended an epoch, on that epoch's test batches. {key: {metric: mean}}."""
-        epochs = [self.lanes[key].step // self.schedule.steps_per_epoch - 1 for key in keys]
-        rows = [
-            self.family.test_order(self.program, self.arrays, self.lanes[key].seed, epoch)
-            for key, epoch in zip(keys, epochs, strict=True)
-        ]
-        with torch.no_grad(), autocast(self.program, self.device):
-            sums = self._evaluate(keys, rows)
-        totals = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in sums.items()}
-        counts = totals.pop("count")
-        return {
-            key: {name: float(values[i] / counts[i]) for name, values in totals.items()} for i, key in enumerate(keys)
-        }
+        """Evaluate lanes that have just ended an epoch, on that epoch's test batches. {key: {metric: mean}}.
+
+        `test_order` may give one epoch more than another (the test set itself at the last one, say): lanes whose rows
+        have equal names and shapes are evaluated together.
+        """
+        alike: dict[tuple, list[tuple[str, Mapping[str, Tensor]]]] = {}
+        for key in keys:
+            lane = self.lanes[key]
+            epoch = lane.step // self.schedule.steps_per_epoch - 1
+            rows = self.family.test_order(self.program, self.arrays, lane.seed, epoch)
+            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(rows.items()))
+            alike.setdefault(shapes, []).append((key, rows))
+        means: dict[str, dict[str, float]] = {}
+        for group in alike.values():
+            together = [key for key, _ in group]
+            with torch.no_grad(), autocast(self.program, self.device):
+                sums = self._evaluate(together, [rows for _, rows in group])
+            totals = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in sums.items()}
+            counts = totals.pop("count")
+            for i, key in enumerate(together):
+                means[key] = {name: float(values[i] / counts[i]) for name, values in totals.items()}
+        return {key: means[key] for key in keys}
 
     def inspect(self, keys: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         """The family's covariates of each lane's present state, {key: {name: array}}."""
