@@ -115,6 +115,9 @@ class Stack:
             if found is None and seed in job.parent:
                 donor, epoch = job.parent[seed]
                 found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
+                if found is None:
+                    raise RuntimeError(f"run {key} should continue from run {donor}, which has no checkpoint")
+                found[1]["device_seconds"] = 0.0  # the donor's training is the donor's cost
             if found is not None:
                 run.state, extra = found
                 run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
