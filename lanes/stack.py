@@ -220,7 +220,8 @@ class Stack:
         self.recorder.steps(run.key, run.step + 1, curves)
         run.step += len(next(iter(curves.values())))
         for name, values in curves.items():
-            run.sums[name] = run.sums.get(name, 0.0) + float(values.sum())
+            # step by step, so that the sum does not depend on how the clock cut the epoch into chunks
+            run.sums[name] = float(np.cumsum([run.sums.get(name, 0.0), *values])[-1])
 
     def _drop_diverged(self) -> None:
         diverged = [lane for lane, run in self._training.items() if run.status == "diverged"]

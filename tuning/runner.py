@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -127,7 +128,11 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         cpus = ray.cluster_resources().get("CPU", 1.0)
         trial_cpus = max(0.001, round(TRIAL_CPUS * cpus / concurrent, 4))
         # a population is compared with all its members: those that find no room wait their turn, paused
-        in_flight = plan.budget if plan.scheduler == "pbt" else concurrent
+        in_flight = concurrent
+        if plan.scheduler == "pbt":
+            in_flight = plan.budget
+            held = 0.0 if gpu else min(len(slots), concurrent) * (1 - TRIAL_CPUS)
+            trial_cpus = math.floor(1e4 * (cpus - held) / concurrent) / 1e4
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(in_flight)
         # there are no files of Tune's own loggers: our tables are elsewhere
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -154,6 +159,8 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             .options(num_cpus=0)
             .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
         )
+        if plan.scheduler == "pbt":
+            ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         table = RunTable(plain)
         source = make_source(plan)
         scheduler = make_scheduler(plan)
