@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -182,7 +183,7 @@ def resolve(
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
     if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched":
+    if engine == "branched" and not address and not torch.cuda.is_available():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
     if data_dir is not None and not data_dir.is_dir():
         raise BadValue(f"--data-dir {data_dir} is not a folder")
