@@ -200,7 +200,7 @@ def _panel(
 def _x_scale(ax: Axes, values: pd.Series, log: bool, categories: Sequence[str]) -> None:
     if categories:
         ax.set_xticks(range(len(categories)), [short(c, 14) for c in categories])
-        if sum(map(len, categories)) > 24:
+        if sum(map(len, categories)) > 18:
             ax.tick_params(axis="x", labelrotation=35)
         ax.set_xlim(-0.5, len(categories) - 0.5)
         return

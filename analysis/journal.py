@@ -166,7 +166,7 @@ def _values(sweep: Sweep, row: Mapping[Any, Any]) -> str:
             differing = [f for f in arms[value] if len({str(arm.get(f)) for arm in arms.values()}) > 1]
             texts += [plain(arms[value][f]) for f in differing]
         else:
-            texts.append(plain(value))
+            texts.append(f"{value:.4g}" if isinstance(value, float) else plain(value))
     return _one_line(", ".join(texts))
 
 

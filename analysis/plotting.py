@@ -81,7 +81,9 @@ class Subject:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        return _binned(grid(self.sweep.folder.parent, self.sweep.name, *self.sides, self.metric, self.at), self.mode)
+        return _binned(
+            grid(self.sweep.folder.parent, self.sweep.folder.name, *self.sides, self.metric, self.at), self.mode
+        )
 
     @cached_property
     def sides(self) -> tuple[str, str]:

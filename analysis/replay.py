@@ -100,10 +100,12 @@ class Played:
     chosen: str | None
 
 
-def play(curves: Curves, order: Sequence[str], scheduler: Scheduler, concurrent: int) -> Played:
+def play(
+    curves: Curves, order: Sequence[str], scheduler: Scheduler, concurrent: int, ends: Mapping[str, float] | None = None
+) -> Played:
     """Plays curves to a scheduler: `concurrent` configs at a time, each epoch taking equally long.
 
-    The choice is the best last value among configs that ran their whole curve; the best survivor where none did.
+    The choice is the best among the configs that ran their whole curve, by `ends` (default: the curves' last values).
     """
     waiting = list(reversed(order))
     ran: dict[str, int] = {}
@@ -127,9 +129,9 @@ def play(curves: Curves, order: Sequence[str], scheduler: Scheduler, concurrent:
         if scheduler.goes_on(config, epoch, float(curves[config][epoch - 1])) and epoch < len(curves[config]):
             heapq.heappush(events, (time + 1, arrival, config))
         start()
-    ends = {c: float(curves[c][n - 1]) for c, n in ran.items() if n == len(curves[c])}
-    ends = {c: v for c, v in ends.items() if np.isfinite(v)}
-    return Played(ran, max(ends, key=lambda c: ends[c]) if ends else None)
+    scored = ends if ends is not None else {c: float(curve[-1]) for c, curve in curves.items()}
+    whole = [c for c, n in ran.items() if n == len(curves[c]) and np.isfinite(scored.get(c, np.nan))]
+    return Played(ran, max(whole, key=lambda c: scored[c]) if whole else None)
 
 
 def make_scheduler(name: str, grace: int, factor: float, max_t: int) -> Scheduler:
@@ -178,6 +180,7 @@ def replay(
     """
     sweep = open_sweep(storage, name)
     curves, proposed, left_out = finished_curves(sweep, metric)
+    ends = final_scores(sweep, curves, metric)
     if len(curves) < 2:
         raise UserError(f"{name} has {len(curves)} configs with a whole curve: replay needs two or more")
     if order not in ("recorded", "random"):
@@ -188,7 +191,8 @@ def replay(
     rng = np.random.default_rng(seed)
     orders = [proposed] if order == "recorded" else [list(rng.permutation(proposed)) for _ in range(repeats)]
     longest = max(len(c) for c in curves.values())
-    ends = {c: v[-1] for c, v in curves.items() if np.isfinite(v[-1])}
+    if not ends:
+        raise UserError(f"{name} has no config that ended with a finite score")
     winner = max(ends, key=lambda c: ends[c])
     total = sum(len(c) for c in curves.values())
     rows = []
@@ -197,7 +201,7 @@ def replay(
             saved, kept, regret = [], [], []
             for arrangement in orders:
                 rule = make_scheduler(scheduler, one_grace, one_factor, longest)
-                played = play(curves, arrangement, rule, at_once)
+                played = play(curves, arrangement, rule, at_once, ends)
                 saved.append(1 - sum(played.epochs.values()) / total)
                 kept.append(played.epochs[winner] == len(curves[winner]))
                 regret.append(ends[winner] - ends[played.chosen] if played.chosen else np.nan)
@@ -242,6 +246,23 @@ def finished_curves(sweep: Sweep, metric: str | None = None) -> tuple[dict[str, 
         own = grouped.loc[key].reindex(range(1, length + 1))
         curves[key] = (sign * own["mean"].where(own["count"] > seeds[key] / 2)).to_numpy(dtype=float)
     return curves, [key for key in keys if key in curves], int((~whole).sum())
+
+
+def final_scores(sweep: Sweep, curves: Curves, metric: str | None = None) -> dict[str, float]:
+    """Config -> what it is judged by, higher is better.
+
+    That is its mean score by the sweep's headline, which may be more than the last point of a curve (a mean over the
+    last tasks, say); or, for a curve asked for by name, its last point.
+    """
+    if metric is not None:
+        ends = {key: float(curve[-1]) for key, curve in curves.items()}
+    else:
+        runs = scores(sweep, columns=[])
+        runs = runs[runs["stop_reason"] == "finished"]
+        sign = -1.0 if sweep.mode() == "min" else 1.0
+        means = sign * runs.groupby("config_key")["value"].mean()
+        ends = {key: float(means[key]) for key in curves if key in means.index and np.isfinite(curves[key][-1])}
+    return {key: value for key, value in ends.items() if np.isfinite(value)}
 
 
 def _concurrency(sweep: Sweep) -> int:

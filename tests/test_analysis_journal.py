@@ -57,6 +57,12 @@ def test_named_runs_show_what_they_stand_for(tmp_path):
     assert re.search(r"^- exp6: 0\.016 -> 0\.9", write_journal(tmp_path, "demo").read_text(), re.M)
 
 
+def test_values_that_a_label_already_says_are_not_said_again(tmp_path):
+    arms = [Arm(f"lr={lr:.4g} l2", 0.9, axis={"lr": lr, "method": "l2"}) for lr in (0.0050405412, 0.0100000001)]
+    write_sweep(tmp_path, arms)
+    assert re.search(r"^- lr=0\.005041 l2 -> 0\.", write_journal(tmp_path, "demo").read_text(), re.M)
+
+
 def test_observations_say_what_was_told_and_what_was_not(tmp_path):
     write_sweep(tmp_path, lr_arms())
     text = write_journal(tmp_path, "demo").read_text()

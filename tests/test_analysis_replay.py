@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -122,6 +123,16 @@ def test_pruned_configs_cannot_be_played_and_are_counted(tmp_path):
     write_sweep(tmp_path, [replace(arm, stop_epoch=3) for arm in arms], name="all")
     with pytest.raises(UserError, match="replay needs two"):
         replay(tmp_path, "all")
+
+
+def test_configs_are_judged_by_the_headline_and_not_by_the_last_point_of_a_curve(tmp_path):
+    write_sweep(tmp_path, lr_arms())
+    path = tmp_path / "demo" / "runs.parquet"
+    runs = pq.read_table(path).to_pandas()
+    runs.loc[runs["label"] == "lr=0.1", "final.last_test_acc"] = 0.99
+    runs.to_parquet(path)
+    assert replay(tmp_path, "demo", scheduler="asha", grace=[3], factor=[2.0])["kept_winner"].iloc[0] == 0.0
+    assert replay(tmp_path, "demo", grace=[3], factor=[2.0], metric="test_acc")["kept_winner"].iloc[0] == 1.0
 
 
 def test_command_line(tmp_path):
