@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, tree_map
+from lanes.engine import Engine, Lane, stack_metrics, tree_map
 from lanes.graphs import GraphedSteps
 from trainables.family import Hypers, State
 
@@ -60,13 +60,14 @@ class BranchedEngine(Engine):
     def _drop(self, keys: Sequence[str]) -> None:
         self._free += [self._slot_of.pop(key) for key in keys]
 
-    def _set_order(self, key: str, rows: Mapping[str, Tensor]) -> None:
-        slot = self._slot_of[key]
-        if not slot.rows:
-            slot.rows = {name: row.to(self.device, copy=True) for name, row in rows.items()}
-        for name, row in rows.items():
-            slot.rows[name].copy_(row, non_blocking=True)
-        slot.position.fill_(self.lanes[key].step % self.schedule.steps_per_epoch)
+    def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for key, lane_rows in rows.items():
+            slot = self._slot_of[key]
+            if not slot.rows:
+                slot.rows = {name: row.to(self.device, copy=True) for name, row in lane_rows.items()}
+            for name, row in lane_rows.items():
+                slot.rows[name].copy_(row)
+            slot.position.fill_(self.lanes[key].step % self.schedule.steps_per_epoch)
 
     def _step_in_place(self, state: State, hyper: Any, rows: Any, position: Tensor) -> Tensor:
         place = position.clamp(max=self.schedule.steps_per_epoch - 1).reshape(1)
@@ -75,10 +76,9 @@ class BranchedEngine(Engine):
         tree_map(lambda old, new: old.copy_(new), state, updated)
         position.add_(1)
         self._names = list(metrics)
-        kind = torch.promote_types(torch.float32, next(iter(metrics.values())).dtype)
-        return torch.stack([value.to(kind) for value in metrics.values()])
+        return stack_metrics(list(metrics.values()))
 
-    def _advance(self, steps: int) -> dict[str, Tensor]:
+    def _advance(self, steps: int) -> tuple[list[str], Tensor]:
         main = torch.cuda.current_stream()
         slots = [self._slot_of[key] for key in self.lanes]
         for slot in slots:
@@ -93,8 +93,7 @@ class BranchedEngine(Engine):
         for slot, curve in zip(slots, curves, strict=True):
             main.wait_stream(slot.stream)
             curve.record_stream(main)
-        stacked = torch.stack(curves, dim=2)  # [steps, metrics, lanes]
-        return dict(zip(self._names, stacked.unbind(1), strict=True))
+        return self._names, torch.stack(curves, dim=2)
 
     def _capture(self, slot: _Slot) -> None:
         changed: list[Tensor] = [slot.position]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lanes.engine import Engine, Lane, tree_map
+from lanes.engine import Engine, Lane, stack_metrics, tree_map
 from lanes.graphs import GraphedSteps
 from trainables.family import Hypers, State
 
@@ -34,7 +34,7 @@ class StackedEngine(Engine):
     def __init__(self, *args, compiled: bool = False, slots: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.compiled = compiled
-        self._least = _power_of_two(slots) if compiled else 0
+        self._least = power_of_two(slots) if compiled else 0
         self._slots: list[str | None] = []
         self._states: State = {}
         self._hypers: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ class StackedEngine(Engine):
             self._resize(kept, size)
 
     def _size_for(self, lanes: int) -> int:
-        return max(self._least, _power_of_two(lanes)) if self.compiled else lanes
+        return max(self._least, power_of_two(lanes)) if self.compiled else lanes
 
     def _resize(self, kept: list[int], size: int) -> None:
         """Rebuild the stack with the `kept` slots first. Spare slots repeat a kept lane: finite, and never read."""
@@ -104,53 +104,54 @@ class StackedEngine(Engine):
         self._position = pick(self._position)
         self._slots = [self._slots[slot] for slot in kept] + [None] * (size - len(kept))
 
-    def _set_order(self, key: str, rows: Mapping[str, Tensor]) -> None:
+    def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         if not self._rows:
-            self._rows = {name: _repeat(row.to(self.device), len(self._slots)) for name, row in rows.items()}
-        slot = self._slots.index(key)
-        for name, row in rows.items():
-            self._rows[name][slot].copy_(row, non_blocking=True)
-        self._position[slot] = self.lanes[key].step % self.schedule.steps_per_epoch
+            some = next(iter(rows.values()))
+            self._rows = {name: _repeat(row.to(self.device), len(self._slots)) for name, row in some.items()}
+        slots = self._index(list(rows))
+        for name, buffer in self._rows.items():
+            stacked = torch.stack([lane_rows[name] for lane_rows in rows.values()])
+            buffer.index_copy_(0, slots, stacked.to(self.device))
+        steps = [self.lanes[key].step % self.schedule.steps_per_epoch for key in rows]
+        self._position.index_copy_(0, slots, torch.tensor(steps, device=self.device))
 
     # --- training ---
 
-    def _advance(self, steps: int) -> dict[str, Tensor]:
-        if not self.compiled:
-            history = [self._plain_step() for _ in range(steps)]
-            curves = {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}
-        elif self.device.type == "cuda":
+    def _advance(self, steps: int) -> tuple[list[str], Tensor]:
+        if self.compiled and self.device.type == "cuda":
             if self._graphed is None:
-                self._graphed = GraphedSteps(self._compiled_step, self._everything(), self.schedule.steps_per_epoch)
-            curves = dict(zip(self._names, self._graphed.run(steps).unbind(1), strict=True))
+                everything = self._everything()
+                self._graphed = GraphedSteps(self._compiled_step, everything, self.schedule.steps_per_epoch)
+            curves = self._graphed.run(steps)
         else:
-            stacked = torch.stack([self._compiled_step() for _ in range(steps)])
-            curves = dict(zip(self._names, stacked.unbind(1), strict=True))
-        index = self._index(list(self.lanes))
-        return {name: values[:, index] for name, values in curves.items()}
+            step = self._compiled_step if self.compiled else self._plain_step
+            curves = torch.stack([step() for _ in range(steps)])
+        return self._names, curves[:, :, self._index(list(self.lanes))]
 
-    def _plain_step(self) -> dict[str, Tensor]:
-        self._states, metrics = self._stacked_step(self._states, self._hypers, self._row(self._position))
+    def _plain_step(self) -> Tensor:
+        """One step of all lanes. Returns its metrics, [number of metrics, slots]."""
+        rows = self._row(self._rows, self._position)
+        self._states, metrics = self._stacked_step(self._states, self._hypers, rows)
         self._position += 1
-        return metrics
+        self._names = list(metrics)
+        return stack_metrics(list(metrics.values()))
 
-    def _row(self, position: Tensor) -> dict[str, Tensor]:
+    def _row(self, rows: Mapping[str, Tensor], position: Tensor) -> dict[str, Tensor]:
         """Each lane's slice of its epoch's order. Spare slots may run past the end: they read its last row."""
         slots = torch.arange(position.shape[0], device=position.device)
         position = position.clamp(max=self.schedule.steps_per_epoch - 1)
-        return {name: row[slots, position] for name, row in self._rows.items()}
+        return {name: row[slots, position] for name, row in rows.items()}
 
     def _compiled_step(self) -> Tensor:
-        """One step of all lanes, in place. Returns its metrics, [number of metrics, slots]."""
+        """The same, compiled and in place."""
         return self._in_place(self._states, self._hypers, self._rows, self._position)
 
     def _step_in_place(self, states: State, hypers: Any, rows: Any, position: Tensor) -> Tensor:
-        slots = torch.arange(position.shape[0], device=position.device)
-        place = position.clamp(max=self.schedule.steps_per_epoch - 1)
-        updated, metrics = self._stacked_step(states, hypers, {name: row[slots, place] for name, row in rows.items()})
+        updated, metrics = self._stacked_step(states, hypers, self._row(rows, position))
         tree_map(lambda old, new: old.copy_(new), states, updated)
         position.add_(1)
         self._names = list(metrics)
-        return torch.stack(_alike(metrics))
+        return stack_metrics(list(metrics.values()))
 
     def _everything(self) -> list[Tensor]:
         """All that a step changes; capturing a graph must leave it as it was."""
@@ -191,15 +192,9 @@ class StackedEngine(Engine):
         return tree_map(lambda stack: stack[slot].clone(), self._hypers)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
 def _repeat(tensor: Tensor, count: int) -> Tensor:
     return tensor.unsqueeze(0).repeat(count, *[1] * tensor.dim())
-
-
-def _alike(metrics: Mapping[str, Tensor]) -> list[Tensor]:
-    """Metrics of one dtype, so that they stack."""
-    kind = max((value.dtype for value in metrics.values() if value.dtype.is_floating_point), key=lambda d: d.itemsize)
-    return [value.to(kind) for value in metrics.values()]

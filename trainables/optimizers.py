@@ -26,7 +26,7 @@ def adam(
     lr: Tensor | Mapping[str, Tensor],
     *,
     b1: float | Tensor = 0.9,
-    b2: float = 0.999,
+    b2: float | Tensor = 0.999,
     eps: float = 1e-8,
     decoupled_decay: Tensor | Mapping[str, Tensor] | None = None,
 ) -> tuple[Params, Params, Params]:
