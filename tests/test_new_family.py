@@ -79,4 +79,6 @@ def test_a_sweep_of_it_runs_through_ray(tree):
     assert runs["run_key"].nunique() == 4
     losses = runs.groupby("axis.lr")["final.test_loss"].mean()
     assert losses[0.1] < losses[0.001]  # 0.001 has hardly left where it began
-    assert pq.read_table(folder / "steps").num_rows == 4 * 12
+    steps = pq.read_table(folder / "steps").to_pandas().drop_duplicates()  # Tune may bring a trial up twice
+    assert len(steps) == 4 * 12
+    assert len(steps.drop_duplicates(["run_key", "step"])) == 4 * 12
