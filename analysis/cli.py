@@ -87,6 +87,160 @@ def list_command(storage: Storage = DEFAULT_STORAGE) -> None:
     show(list_sweeps(storage))
 
 
+@command
+def compare(
+    names: Annotated[list[str], typer.Argument(help="one sweep or several", metavar="NAME...")],
+    storage: Storage = DEFAULT_STORAGE,
+    by: Annotated[str | None, typer.Option(help="field that makes the arms, or config, or sweep")] = None,
+    metric: Metric = None,
+    at: At = "final",
+    test: Annotated[str, typer.Option(help="t, permutation or wilcoxon")] = "t",
+    against: Annotated[str | None, typer.Option(help="compare every arm with this one only")] = None,
+    margin: Annotated[float | None, typer.Option(help="the smallest difference that matters")] = None,
+    claim: Annotated[str | None, typer.Option(help="'A > B', 'A >> B' or 'A = B', judged against --margin")] = None,
+    pick: Annotated[str, typer.Option(help="best: each arm's best config; all: mean over shared settings")] = "best",
+    paired: Annotated[bool, typer.Option(help="compare seed by seed")] = True,
+    alpha: Annotated[float, typer.Option(help="significance, after Holm's correction")] = 0.05,
+) -> None:
+    """Say which arms differ, seed by seed, corrected for the number of comparisons."""
+    from analysis import compare as comparing
+
+    kind: Any = test
+    picked: Any = pick
+    found = comparing.compare(storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha)
+    show(found.arms, f"{found.metric} at {at}")
+    print()
+    show(found.pairs)
+    print()
+    for line in [*comparing.sentences(found, alpha), *found.notes]:
+        print(line)
+
+
+@command
+def table(
+    name: Name,
+    rows: Annotated[str, typer.Option(help="field down the side")],
+    cols: Annotated[str | None, typer.Option(help="field along the top")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    metric: Metric = None,
+    at: At = "final",
+    pick: Annotated[str, typer.Option(help="best: each cell's best config; all: over all its runs")] = "best",
+) -> None:
+    """Lay results out by one field or two: mean ± standard deviation (number of runs)."""
+    from analysis import compare as comparing
+
+    laid = comparing.table(storage, name, rows, cols, metric=metric, at=at, pick=pick)
+    show(laid.reset_index(names=rows if cols is None else f"{rows} / {cols}"))
+
+
+@command
+def journal(
+    name: Name, storage: Storage = DEFAULT_STORAGE, metric: Metric = None, tracking_uri: TrackingUri = None
+) -> None:
+    """Write the sweep's lab journal (journal.md) and set it as the MLflow run's description."""
+    from analysis.journal import write_journal
+
+    path = write_journal(storage, name, metric)
+    text = path.read_text(encoding="utf-8")
+    print(text)
+    log(storage, name, tracking_uri, [], text)
+
+
+@command
+def note(
+    name: Name,
+    text: Annotated[str, typer.Argument(help="what to remember")],
+    storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Add a dated note to the sweep's journal."""
+    from analysis.journal import add_note
+
+    path = add_note(storage, name, text)
+    print(path)
+    log(storage, name, tracking_uri, [], path.read_text(encoding="utf-8"))
+
+
+@command
+def doctor(name: Name, storage: Storage = DEFAULT_STORAGE, metric: Metric = None) -> None:
+    """Check the sweep's health: PASS, WARN or FAIL with evidence and advice."""
+    from analysis.doctor import examine
+
+    cards = examine(storage, name, metric)
+    if not len(cards):
+        print("nothing yet")
+    for card in cards.to_dict("records"):
+        print(f"{card['status']}  {card['check']}: {card['evidence']}")
+        if card["advice"]:
+            print(f"      {card['advice']}")
+
+
+@command
+def replay(
+    name: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    scheduler: Annotated[str, typer.Option(help="none, asha or median")] = "asha",
+    grace: Annotated[list[int] | None, typer.Option(help="first epoch that may stop a config; repeatable [1]")] = None,
+    factor: Annotated[list[float] | None, typer.Option(help="1/factor of configs go on; repeatable [3]")] = None,
+    order: Annotated[str, typer.Option(help="recorded, or random: many orders of proposing")] = "recorded",
+    repeats: Annotated[int, typer.Option(help="number of random orders")] = 20,
+    concurrent: Annotated[int | None, typer.Option(help="configs at a time; default: as in the sweep")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="curve to play; default: the headline's", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the random orders")] = 0,
+) -> None:
+    """Play finished curves to another scheduler: what it would have saved, and whether it keeps the winner."""
+    from analysis.replay import replay as play
+
+    kind: Any = order
+    show(play(storage, name, scheduler, grace or [1], factor or [3.0], kind, repeats, concurrent, metric, seed))
+
+
+@command
+def export(
+    name: Name,
+    layout: Annotated[str, typer.Option(help="folders (the ci_vit notebook's), csv or parquet")],
+    out: Annotated[Path, typer.Option(help="folder to write into; made if it is not there")],
+    storage: Storage = DEFAULT_STORAGE,
+    force: Annotated[bool, typer.Option("--force", help="write over what is there")] = False,
+) -> None:
+    """Write runs and curves in another layout."""
+    from analysis.export import export as write
+
+    kind: Any = layout
+    made = write(storage, name, kind, out, force)
+    print(f"{out / name}: {len(made)} {'runs' if layout == 'folders' else 'tables'}")
+
+
+@command
+def plot(
+    name: Name,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="curves, hyper, heatmap, importance, parallel, rungs or pareto; repeatable [all]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write into [<storage>/NAME/plots]")] = None,
+    form: Annotated[str, typer.Option("--format", help="png, html or both")] = "both",
+    storage: Storage = DEFAULT_STORAGE,
+    metric: Metric = None,
+    at: At = "final",
+    curve: Annotated[str | None, typer.Option(help="metric of the learning curves", show_default=False)] = None,
+    rows: Annotated[str | None, typer.Option(help="heat map: field down the side", show_default=False)] = None,
+    cols: Annotated[str | None, typer.Option(help="heat map: field along the top", show_default=False)] = None,
+    top: Annotated[int, typer.Option(help="configs with a learning curve of their own")] = 6,
+) -> None:
+    """Draw figures as PNG for print and as interactive HTML."""
+    from analysis.plotting import plot as draw
+
+    how: Any = form
+    made = draw(
+        storage, name, kind or (), out, how, metric=metric, at=at, curve=curve, rows=rows, columns=cols, top=top
+    )
+    for path in made["path"]:
+        print(path)
+
+
 def show(frame: pd.DataFrame, title: str | None = None) -> None:
     """A data frame as a terminal table."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

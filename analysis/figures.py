@@ -120,7 +120,7 @@ def curves(data: Curves, labels: Mapping[str, str], unit: str = "") -> Figure:
         if len(rows) and rows["x"].iloc[-1] < longest:
             ax.plot(rows["x"].iloc[-1], rows["mean"].iloc[-1], marker="o", markersize=7, color=colour, fillstyle="none")
     ax.set_xlabel(data.x_label)
-    ax.set_ylabel(_with_unit(data.metric, unit))
+    ax.set_ylabel(with_unit(data.metric, unit))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _zoom(ax, data.table)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3)
@@ -142,13 +142,15 @@ def hyper_vs_result(table: pd.DataFrame, axes: Sequence[str], metric: str, unit:
     columns = min(3, max(1, len(axes)))
     rows = -(-max(1, len(axes)) // columns)
     figure, panels = new_figure(WIDTH if columns > 1 else 4.4, 2.7 * rows + 0.3, rows, columns)
-    limits = _robust_limits(table["mean"].to_numpy(dtype=float), mode)
+    limits = _robust_limits(table["mean"].to_numpy(dtype=float), table["judged"].to_numpy(dtype=bool), mode)
     hue = _hue(table, axes)
     for panel, axis in zip(panels, axes, strict=False):
-        _panel(panel, table, axis, hue if hue != axis else None, limits)
+        # A line is honest only where nothing but this axis (and the colour) varies along it.
+        joined = len([a for a in axes if a not in (axis, hue)]) == 0
+        _panel(panel, table, axis, hue if hue != axis else None, limits, joined)
     for panel in panels[len(axes) :]:
         panel.set_visible(False)
-    panels[0].set_ylabel(_with_unit(metric, unit))
+    panels[0].set_ylabel(with_unit(metric, unit))
     if hue is not None:
         handles, names = panels[[axis != hue for axis in axes].index(True)].get_legend_handles_labels()
         keep = dict(zip(names, handles, strict=True))
@@ -156,7 +158,9 @@ def hyper_vs_result(table: pd.DataFrame, axes: Sequence[str], metric: str, unit:
     return figure
 
 
-def _panel(ax: Axes, table: pd.DataFrame, axis: str, hue: str | None, limits: tuple[float, float] | None) -> None:
+def _panel(
+    ax: Axes, table: pd.DataFrame, axis: str, hue: str | None, limits: tuple[float, float] | None, joined: bool
+) -> None:
     rows = table[table[axis].notna() & table["mean"].notna()]
     numeric = pd.api.types.is_numeric_dtype(rows[axis])
     categories = [] if numeric else sorted(rows[axis].astype(str).unique())
@@ -175,7 +179,7 @@ def _panel(ax: Axes, table: pd.DataFrame, axis: str, hue: str | None, limits: tu
         marker = MARKERS[index % len(MARKERS)]
         judged = group["judged"].to_numpy(dtype=bool)
         label = None if value is None else short(str(value), 20)
-        if numeric and not crowded and len(np.unique(x)) == len(x) and len(x) > 1:
+        if joined and numeric and not crowded and len(np.unique(x)) == len(x) and len(x) > 1:
             ax.plot(x[judged], y[judged], color=colour, linewidth=1, alpha=0.7, linestyle=DASHES[index % len(DASHES)])
         if not crowded:
             low, high = (group[side].to_numpy(dtype=float) for side in ("low", "high"))
@@ -233,18 +237,22 @@ def _values(table: pd.DataFrame, column: str) -> list[str]:
     return [str(v) for v in ordered]
 
 
-def _robust_limits(y: np.ndarray, mode: str) -> tuple[float, float] | None:
-    """Limits that show the good half well; what lies far on the bad side goes to the edge. None: nothing is far."""
-    y = y[np.isfinite(y)]
-    if len(y) < 4:
+def _robust_limits(y: np.ndarray, judged: np.ndarray, mode: str) -> tuple[float, float] | None:
+    """Limits that show the good configs well; what lies far on the bad side, or was stopped early, goes to the edge.
+
+    None: everything fits.
+    """
+    shown = y[judged & np.isfinite(y)]
+    if len(shown) < 3:
         return None
-    good = -y if mode == "min" else y
+    good = -shown if mode == "min" else shown
     best, middle = good.max(), float(np.median(good))
-    worst_shown = best - 8 * (best - middle)
-    if best == middle or good.min() >= worst_shown:
+    worst_shown = max(good.min(), best - 8 * (best - middle)) if best > middle else good.min()
+    everything = y[np.isfinite(y)] * (-1 if mode == "min" else 1)
+    if everything.min() >= worst_shown and everything.max() <= best:
         return None
-    pad = 0.06 * (best - worst_shown)
-    low, high = worst_shown - pad, best + 2 * pad
+    pad = 0.06 * (best - worst_shown) or 0.01 * max(1.0, abs(best))
+    low, high = worst_shown - 2 * pad, best + 2 * pad
     return (-high, -low) if mode == "min" else (low, high)
 
 
@@ -270,7 +278,8 @@ def _zoom(ax: Axes, table: pd.DataFrame) -> None:
         ax.set_ylim(bottom - pad, top + pad)
 
 
-def _with_unit(metric: str, unit: str) -> str:
+def with_unit(metric: str, unit: str) -> str:
+    """An axis title: `test_acc (fraction)`."""
     return metric if unit in ("", "1") else f"{metric} ({unit})"
 
 

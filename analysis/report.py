@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import base64
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,28 +12,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
-from matplotlib.figure import Figure
 
-from analysis import figures
-from analysis.curves import learning_curves
-from analysis.errors import UserError
+from analysis import figures, interactive
+from analysis.doctor import cards_of
+from analysis.journal import confirmation, differences, speed
+from analysis.plotting import KINDS, Subject
 from analysis.store import ENDED, Sweep, open_sweep
-from analysis.summary import scores, summarise
+from analysis.summary import scores
+from analysis.writing import aside
 
 SHOWN = 20
 """Rows of the report's table; `table` and `export` give all."""
-
-DRAWN = 6
-"""Configs with a curve of their own."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report: file stem, what it shows, and the figure."""
-
-    stem: str
-    caption: str
-    figure: Figure
 
 
 @dataclass
@@ -56,50 +41,33 @@ class Report:
 def write_report(
     storage: Path | str, name: str, metric: str | None = None, at: str = "final", curve: str | None = None
 ) -> Report:
-    """Writes `<storage>/<name>/report/`: index.html and its figures as PNG. Works while the sweep runs.
+    """Writes `<storage>/<name>/report/`: index.html, its figures as PNG, and interactive.html. Works while it runs.
 
     Raises:
         UserError: no such sweep or metric, or the folder cannot be written. Nothing is half-written then.
     """
     sweep = open_sweep(storage, name)
-    runs = scores(sweep, metric, at)
-    table = summarise(sweep, runs, metric)
-    metric = metric or sweep.metric
-    pictures = draw(sweep, table, metric, curve)
+    subject = Subject(sweep, metric or sweep.metric, at, curve)
+    kinds = {stem: kind for stem, kind in KINDS.items() if kind.able(subject)}
     with aside(sweep.folder / "report") as folder:
-        for picture in pictures:
-            figures.save(picture.figure, folder / f"{picture.stem}.png")
-        page = _page(sweep, runs, table, metric, at, [(p, folder / f"{p.stem}.png") for p in pictures])
+        for stem, kind in kinds.items():
+            figures.save(kind.still(subject), folder / f"{stem}.png")
+        if kinds:
+            live = {kind.caption: kind.live(subject) for kind in kinds.values()}
+            interactive.write_page(live, folder / "interactive.html", f"{sweep.family} · {sweep.name}")
+        page = _page(subject, {kind.caption: folder / f"{stem}.png" for stem, kind in kinds.items()})
         (folder / "index.html").write_text(page, encoding="utf-8")
+        names = sorted(path.name for path in folder.iterdir())
     target = sweep.folder / "report"
-    return Report(target, table, [target / "index.html", *(target / f"{p.stem}.png" for p in pictures)])
+    return Report(target, subject.table, [target / file for file in names])
 
 
-def draw(sweep: Sweep, table: pd.DataFrame, metric: str, curve: str | None = None) -> list[Picture]:
-    """The report's figures, as far as there is something to draw."""
-    pictures: list[Picture] = []
-    unit, mode = sweep.unit(metric), sweep.mode(metric)
-    top = table[table["n"] > 0].head(DRAWN) if len(table) else table
-    if len(top) and sweep.metrics_of("epochs"):
-        data = learning_curves(sweep, top["config_key"], curve)
-        labels = dict(zip(top["config_key"], top["label"], strict=True))
-        caption = f"Learning curves of the {len(top)} best configs. An open circle: the curve ended early."
-        pictures.append(Picture("curves", caption, figures.curves(data, labels, sweep.unit(data.metric))))
-    axes = sweep.axis_columns(table)
-    if len(table) and axes and table["mean"].notna().any():
-        caption = (
-            "Result against each axis of the space: mean over seeds with 95% interval. Open markers: stopped early, "
-            "at their last value. Triangles at the edge: off the scale."
-        )
-        pictures.append(Picture("hyper", caption, figures.hyper_vs_result(table, axes, metric, unit, mode)))
-    return pictures
-
-
-def _page(
-    sweep: Sweep, runs: pd.DataFrame, table: pd.DataFrame, metric: str, at: str, pictures: list[tuple[Picture, Path]]
-) -> str:
+def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
+    sweep, runs, table, metric = subject.sweep, subject.runs, subject.table, subject.metric
     environment = Environment(loader=PackageLoader("analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    images = [(p.caption, p.stem, base64.b64encode(path.read_bytes()).decode()) for p, path in pictures]
+    images = [(text, path.name, base64.b64encode(path.read_bytes()).decode()) for text, path in pictures.items()]
+    cards = sorted(cards_of(sweep, metric), key=lambda card: ("FAIL", "WARN", "PASS").index(card.status))
+    confirmed = scores(sweep, metric, subject.at, phase="confirm")
     return environment.get_template("report.html").render(
         title=f"{sweep.family} · {sweep.name}",
         doc=sweep.info.get("doc", ""),
@@ -108,11 +76,13 @@ def _page(
         metric=metric,
         unit=sweep.unit(metric),
         better={"max": "higher is better", "min": "lower is better"}.get(sweep.mode(metric), "no direction"),
-        at=at,
+        at=subject.at,
         running=int((~runs["stop_reason"].isin(ENDED)).sum()),
         rows=[_row(row) for row in table.head(SHOWN).to_dict("records")],
         axes=[axis.removeprefix("axis.") for axis in sweep.axis_columns(table)],
         hidden=max(0, len(table) - SHOWN),
+        observed=[*differences(sweep, runs, metric), *confirmation(sweep, runs, confirmed, metric), *speed(runs)],
+        cards=cards,
         images=images,
     )
 
@@ -180,23 +150,3 @@ def facts(sweep: Sweep, runs: pd.DataFrame) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in (info.get("versions") or {}).items())),
     ]
     return [(name, text) for name, text in lines if text.strip()]
-
-
-@contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A folder to write into; its files move into `target`, each at once, when the block ends without an error."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from error
-    try:
-        yield folder
-        target.mkdir(exist_ok=True)
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                goal = target / path.relative_to(folder)
-                goal.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, goal)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,11 @@ _AT = re.compile(r"(epoch|step)=(\d+)")
 
 
 def scores(
-    sweep: Sweep, metric: str | None = None, at: str = "final", columns: Sequence[str] | None = None
+    sweep: Sweep,
+    metric: str | None = None,
+    at: str = "final",
+    columns: Sequence[str] | None = None,
+    phase: str = "search",
 ) -> pd.DataFrame:
     """One row a run, with its `value` of `metric`.
 
@@ -27,6 +31,8 @@ def scores(
         at: "final" (last report), "best" (best report: optimistic, and said so in reports), "epoch=N" or "step=N" (the
             curve's value there; runs that ended before have none).
         columns: further run columns to read (None: every axis).
+        phase: "search": runs that took part in choosing; "confirm": runs on fresh seeds that did not (the column
+            `phase` of runs.parquet says which; without it all runs are of the search).
 
     Returns:
         Run columns, `value` (NaN where there is none), and `judged`: whether the run may be compared at `at`: it
@@ -44,12 +50,12 @@ def scores(
     if at not in ("final", "best") and not named:
         raise UserError(f"--at {at} is none of final, best, epoch=N, step=N")
     if named:
-        runs = sweep.runs(columns)
+        runs = _of_phase(sweep.runs([*columns, "phase"]), phase)
         runs["value"] = _curve_values(sweep, runs, metric, named[1], int(named[2]))
         runs["judged"] = np.isfinite(runs["value"])
     else:
         column = f"{at}.{metric}"
-        runs = sweep.runs([*columns, column])
+        runs = _of_phase(sweep.runs([*columns, column, "phase"]), phase)
         if column not in runs and len(runs):
             have = [name.split(".", 1)[1] for name in known if name.startswith(f"{at}.")]
             if not have and metric == sweep.metric:
@@ -59,6 +65,13 @@ def scores(
         runs["value"] = runs[column].astype("float64") if column in runs else np.nan
         runs["judged"] = (runs["stop_reason"] == "finished") & np.isfinite(runs["value"])
     return _count_diverged_as_worst(runs, sweep.mode(metric))
+
+
+def _of_phase(runs: pd.DataFrame, phase: str) -> pd.DataFrame:
+    if "phase" not in runs:
+        return runs if phase == "search" else runs.iloc[:0].copy()
+    confirming = runs["phase"] == "confirm"
+    return runs[confirming if phase == "confirm" else ~confirming].copy()
 
 
 def _curve_values(sweep: Sweep, runs: pd.DataFrame, metric: str, unit: str, at: int) -> pd.Series:

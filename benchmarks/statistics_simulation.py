@@ -1,6 +1,6 @@
 """Coverage of intervals and error rates of tests, by simulation: `python benchmarks/statistics_simulation.py`.
 
-Writes `benchmarks/results/statistics_simulation.md`. Five to ten minutes on one core; `--repeats` makes it shorter.
+Writes `benchmarks/results/statistics_simulation.md`. About two minutes on one core; `--repeats` makes it shorter.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def main() -> None:
     null = null.pivot_table(index=["procedure", "noise"], columns="n", values="false positive rate", sort=False)
     null.columns = [f"n = {n}" for n in null.columns]
     found = error_rates(args.repeats // 2, 8, (3, 5, 10), ("normal",), gap=3.0, seed=args.seed)
+    found = found.pivot_table(index="procedure", columns="n", values="power", sort=False)
+    found.columns = [f"n = {n}" for n in found.columns]
     text = f"""# Coverage and error rates, by simulation
 
 `python {shlex.join(sys.argv)}`: {args.repeats} repeats of each interval, {args.repeats // 2} of each test,
@@ -57,7 +59,7 @@ def main() -> None:
 
 ## One of 8 configs better by 3 standard deviations of a run: how often it is told from another (power)
 
-{markdown(found[["procedure", "n", "power", "false positive rate"]])}
+{markdown(found.reset_index())}
 """
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(text, encoding="utf-8")

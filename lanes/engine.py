@@ -8,8 +8,10 @@ arithmetic.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,9 @@ class Engine(ABC):
         self.device = torch.device(device)
         self.schedule = family.schedule(program)
         self.lanes: dict[str, Lane] = {}
+        # on a GPU, what the next epoch and its test read is worked out while the device trains
+        self._ahead = ThreadPoolExecutor(1, "orders") if self.device.type == "cuda" else None
+        self._orders: dict[tuple[str, str, int], Future] = {}  # (lane, "order" or "test_order", epoch)
 
     # --- what an engine implements ---
 
@@ -63,12 +68,13 @@ class Engine(ABC):
         """Let lanes go and free what they held."""
 
     @abstractmethod
-    def _set_order(self, key: str, rows: Mapping[str, Tensor]) -> None:
-        """Give a lane the order of the epoch it is in, {name: [S, ...]}."""
+    def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give lanes the order of the epoch they are in, {lane: {name: [S, ...]}}."""
 
     @abstractmethod
-    def _advance(self, steps: int) -> dict[str, Tensor]:
-        """Do `steps` updates of every lane. Returns {metric: [steps, lanes]} in the order of `self.lanes`."""
+    def _advance(self, steps: int) -> tuple[list[str], Tensor]:
+        """Do `steps` updates of every lane. Returns metrics' names and values [steps, metrics, lanes], lanes in the
+        order of `self.lanes`."""
 
     @abstractmethod
     def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -97,13 +103,16 @@ class Engine(ABC):
         self._place(lane, state, tensors)
         self.lanes[key] = lane
         if lane.step < self.schedule.steps:
-            self._refresh_order(lane)
+            self._refresh_orders([lane])
 
     def remove(self, keys: Sequence[str]) -> None:
         """Free lanes. Neighbours do not notice."""
         self._drop(keys)
         for key in keys:
             del self.lanes[key]
+        gone = set(keys)
+        for wanted in [wanted for wanted in self._orders if wanted[0] in gone]:
+            del self._orders[wanted]
 
     def until_epoch_end(self) -> int:
         """Steps that every lane can still do before the first of them ends its epoch."""
@@ -118,28 +127,39 @@ class Engine(ABC):
         if steps > self.until_epoch_end():
             raise ValueError(f"{steps} steps would cross the end of an epoch")
         with autocast(self.program, self.device):
-            metrics = self._advance(steps)
-        curves = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in metrics.items()}
+            names, values = self._advance(steps)
+        curves = values.detach().to("cpu", torch.float64).numpy()
+        ended = []
         for lane in self.lanes.values():
             lane.step += steps
             if lane.step % self.schedule.steps_per_epoch == 0 and lane.step < self.schedule.steps:
-                self._refresh_order(lane)
-        return curves
+                ended.append(lane)
+        self._refresh_orders(ended)
+        return {name: curves[:, i] for i, name in enumerate(names)}
 
     def evaluate(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Evaluate lanes that have just ended an epoch, on that epoch's test batches. {key: {metric: mean}}."""
-        epochs = [self.lanes[key].step // self.schedule.steps_per_epoch - 1 for key in keys]
-        rows = [
-            self.family.test_order(self.program, self.arrays, self.lanes[key].seed, epoch)
-            for key, epoch in zip(keys, epochs, strict=True)
-        ]
-        with torch.no_grad(), autocast(self.program, self.device):
-            sums = self._evaluate(keys, rows)
-        totals = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in sums.items()}
-        counts = totals.pop("count")
-        return {
-            key: {name: float(values[i] / counts[i]) for name, values in totals.items()} for i, key in enumerate(keys)
-        }
+        """Evaluate lanes that have just ended an epoch, on that epoch's test batches. {key: {metric: mean}}.
+
+        `test_order` may give one epoch more than another (the test set itself at the last one, say): lanes whose rows
+        have equal names and shapes are evaluated together.
+        """
+        alike: dict[tuple, list[tuple[str, Mapping[str, Tensor]]]] = {}
+        for key in keys:
+            lane = self.lanes[key]
+            epoch = lane.step // self.schedule.steps_per_epoch - 1
+            rows = self._order("test_order", lane, epoch)
+            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(rows.items()))
+            alike.setdefault(shapes, []).append((key, rows))
+        means: dict[str, dict[str, float]] = {}
+        for group in alike.values():
+            together = [key for key, _ in group]
+            with torch.no_grad(), autocast(self.program, self.device):
+                sums = self._evaluate(together, [rows for _, rows in group])
+            totals = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in sums.items()}
+            counts = totals.pop("count")
+            for i, key in enumerate(together):
+                means[key] = {name: float(values[i] / counts[i]) for name, values in totals.items()}
+        return {key: means[key] for key in keys}
 
     def inspect(self, keys: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         """The family's covariates of each lane's present state, {key: {name: array}}."""
@@ -152,9 +172,29 @@ class Engine(ABC):
                 for key in keys
             }
 
-    def _refresh_order(self, lane: Lane) -> None:
-        epoch = lane.step // self.schedule.steps_per_epoch
-        self._set_order(lane.key, self.family.order(self.program, self.arrays, lane.seed, epoch))
+    def _refresh_orders(self, lanes: Sequence[Lane]) -> None:
+        """Hand lanes at the start of an epoch its order, and have what comes after it worked out ahead."""
+        epochs = {lane.key: lane.step // self.schedule.steps_per_epoch for lane in lanes}
+        if lanes:
+            self._set_orders({lane.key: self._order("order", lane, epochs[lane.key]) for lane in lanes})
+        if self._ahead is not None:
+            for lane in lanes:
+                epoch = epochs[lane.key]
+                self._order_ahead("test_order", lane, epoch)
+                if epoch + 1 < self.schedule.epochs:
+                    self._order_ahead("order", lane, epoch + 1)
+
+    def _order(self, kind: str, lane: Lane, epoch: int) -> Mapping[str, Tensor]:
+        """The family's `order` or `test_order` of a lane, which may have been worked out already."""
+        future = self._orders.pop((lane.key, kind, epoch), None)
+        if future is not None:
+            return future.result()
+        return getattr(self.family, kind)(self.program, self.arrays, lane.seed, epoch)
+
+    def _order_ahead(self, kind: str, lane: Lane, epoch: int) -> None:
+        assert self._ahead is not None
+        make = getattr(self.family, kind)
+        self._orders[lane.key, kind, epoch] = self._ahead.submit(make, self.program, self.arrays, lane.seed, epoch)
 
     def _step_one(self, state: State, hyper: Hypers, row: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
         """One update of one lane: gather its batch, then the family's step."""
@@ -171,9 +211,20 @@ def autocast(program: Any, device: torch.device) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
+def stack_metrics(values: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Metrics of any dtypes as one tensor of the widest floating dtype among them."""
+    kind = torch.float32
+    for value in values:
+        if value.dtype.is_floating_point:
+            kind = torch.promote_types(kind, value.dtype)
+    return torch.stack([value.to(kind) for value in values], dim=dim)
+
+
 def put(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
     """The family's arrays on the device, once. Integer images stay integers; `batch` converts what it gathers."""
-    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anything write to it
+        return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
 
 
 def tree_map(f: Any, *trees: Any) -> Any:

@@ -26,10 +26,18 @@ from trainables.family import Arrays, Family, program_key
 KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
 COMPILE_PAYS_AFTER = 600.0  # seconds of training ahead, below which compiling on a CPU (20-70 s a program) cannot pay
 
+
+def _branched(*args: Any) -> Engine:
+    from lanes.branched import BranchedEngine
+
+    return BranchedEngine(*args)
+
+
 ENGINES: dict[str, Callable[..., Engine]] = {
     "serial": SerialEngine,
     "stacked": StackedEngine,
-    "stacked, compiled": lambda *args: StackedEngine(*args, compiled=True),
+    "stacked, compiled": lambda *args, **kwargs: StackedEngine(*args, compiled=True, **kwargs),
+    "branched": _branched,
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, tree_map
+from lanes.engine import Engine, Lane, stack_metrics, tree_map
 from trainables.family import Hypers, State
 
 
@@ -29,12 +29,14 @@ class SerialEngine(Engine):
             del self._states[key], self._hypers[key]
             self._rows.pop(key, None)
 
-    def _set_order(self, key: str, rows: Mapping[str, Tensor]) -> None:
-        self._rows[key] = rows
+    def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for key, lane_rows in rows.items():
+            self._rows[key] = {name: row.to(self.device) for name, row in lane_rows.items()}
 
-    def _advance(self, steps: int) -> dict[str, Tensor]:
+    def _advance(self, steps: int) -> tuple[list[str], Tensor]:
         curves = [self._advance_lane(lane, steps) for lane in self.lanes.values()]
-        return {name: torch.stack([curve[name] for curve in curves], dim=1) for name in curves[0]}
+        names = list(curves[0])
+        return names, stack_metrics([torch.stack([curve[name] for curve in curves], dim=1) for name in names], dim=1)
 
     def _advance_lane(self, lane: Lane, steps: int) -> dict[str, Tensor]:
         state, hyper, rows = self._states[lane.key], self._hypers[lane.key], self._rows[lane.key]
@@ -52,7 +54,9 @@ class SerialEngine(Engine):
             batches = len(next(iter(lane_rows.values())))
             sums = [
                 self._evaluate_one(
-                    self._states[key], self._hypers[key], {name: row[i] for name, row in lane_rows.items()}
+                    self._states[key],
+                    self._hypers[key],
+                    {name: row[i].to(self.device) for name, row in lane_rows.items()},
                 )
                 for i in range(batches)
             ]

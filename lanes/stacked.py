@@ -1,14 +1,20 @@
-"""The stacked engine: K lanes as one, states stacked along a lane axis and the family's step under torch.func.vmap."""
+"""The stacked engine: K lanes as one, states stacked along a lane axis and the family's step under torch.func.vmap.
+
+On a GPU the stacked step is compiled, writes its results over its arguments, and is captured in CUDA graphs of one and
+of several steps; a chunk of training is then a few graph launches. Lanes come and go by copying into and out of slots.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lanes.engine import Engine, Lane, tree_map
+from lanes.engine import Engine, Lane, stack_metrics, tree_map
+from lanes.graphs import GraphedSteps
 from trainables.family import Hypers, State
 
 
@@ -16,55 +22,74 @@ class StackedEngine(Engine):
     """Best where the work is matrix products and small tensors.
 
     Args:
-        compiled: run the stacked step through torch.compile. Capacity then grows and shrinks in powers of two, so that
-            lanes come and go without recompiling; uncompiled, the stack is exactly as large as its lanes.
+        compiled: run the stacked step through torch.compile, on a GPU inside CUDA graphs. The stack then has a fixed
+            number of slots, a power of two, so that lanes come and go without compiling again; spare slots repeat some
+            lane's arithmetic and are never read. Uncompiled, the stack is exactly as large as its lanes.
+        slots: the number of slots to start with when compiled; the stack doubles when it is full, and halves only in
+            `compact`.
     """
 
     name = "stacked"
 
-    def __init__(self, *args, compiled: bool = False, **kwargs):
+    def __init__(self, *args, compiled: bool = False, slots: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.compiled = compiled
+        self._least = _power_of_two(slots) if compiled else 0
         self._slots: list[str | None] = []
         self._states: State = {}
         self._hypers: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
-        step = vmap(self._step_one)
-        self._stacked_step = torch.compile(step, dynamic=False) if compiled else step
+        self._position = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._names: list[str] = []
+        self._graphed: GraphedSteps | None = None
+        self._stacked_step = vmap(self._step_one)
         self._stacked_evaluate = vmap(self._evaluate_one)
+        if compiled:
+            self._stacked_evaluate = torch.compile(self._stacked_evaluate, dynamic=False)
+            self._in_place = torch.compile(self._step_in_place, dynamic=False)
 
     @property
     def capacity(self) -> int:
         return len(self._slots)
 
+    # --- lanes in and out ---
+
     def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
         if not self._slots:
-            self._slots = [lane.key]
-            self._states = tree_map(lambda t: t.unsqueeze(0).clone(), state)
-            self._hypers = tree_map(lambda t: t.unsqueeze(0).clone(), dict(hyper))
-            self._rows = {}
-            return
-        if None not in self._slots:
-            self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + 1))
-        slot = self._slots.index(None)
-        self._slots[slot] = lane.key
-        tree_map(lambda stack, value: stack[slot].copy_(value), self._states, state)
-        tree_map(lambda stack, value: stack[slot].copy_(value), self._hypers, dict(hyper))
+            size = self._size_for(1)
+            self._slots = [lane.key] + [None] * (size - 1)
+            self._states = tree_map(lambda t: _repeat(t, size), state)
+            self._hypers = tree_map(lambda t: _repeat(t, size), dict(hyper))
+            self._position = torch.zeros(size, dtype=torch.int64, device=self.device)
+            self._rows, self._graphed = {}, None
+        else:
+            if None not in self._slots:
+                self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + 1))
+            slot = self._slots.index(None)
+            self._slots[slot] = lane.key
+            tree_map(lambda stack, value: stack[slot].copy_(value), self._states, state)
+            tree_map(lambda stack, value: stack[slot].copy_(value), self._hypers, dict(hyper))
+        self._position[self._slots.index(lane.key)] = lane.step % self.schedule.steps_per_epoch
 
     def _drop(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._slots[self._slots.index(key)] = None
+        if not self.compiled:
+            self.compact()
+
+    def compact(self) -> None:
+        """Give back spare slots. Compiled, that means another program to compile: worth it when much is left to do."""
         kept = [slot for slot, key in enumerate(self._slots) if key is not None]
-        if self._size_for(len(kept)) < len(self._slots):
-            self._resize(kept, self._size_for(len(kept)))
+        size = self._size_for(len(kept)) if kept else 0
+        if size < len(self._slots):
+            self._resize(kept, size)
 
     def _size_for(self, lanes: int) -> int:
-        if not self.compiled or lanes == 0:
-            return lanes
-        return 1 << (lanes - 1).bit_length()
+        return max(self._least, _power_of_two(lanes)) if self.compiled else lanes
 
     def _resize(self, kept: list[int], size: int) -> None:
         """Rebuild the stack with the `kept` slots first. Spare slots repeat a kept lane: finite, and never read."""
+        self._graphed = None
         if not kept:
             self._slots, self._states, self._hypers, self._rows = [], {}, {}, {}
             return
@@ -76,46 +101,84 @@ class StackedEngine(Engine):
         self._states = tree_map(pick, self._states)
         self._hypers = tree_map(pick, self._hypers)
         self._rows = tree_map(pick, self._rows)
+        self._position = pick(self._position)
         self._slots = [self._slots[slot] for slot in kept] + [None] * (size - len(kept))
 
-    def _set_order(self, key: str, rows: Mapping[str, Tensor]) -> None:
+    def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         if not self._rows:
-            self._rows = {
-                name: row.unsqueeze(0).repeat(len(self._slots), *[1] * row.dim()) for name, row in rows.items()
-            }
-        slot = self._slots.index(key)
-        for name, row in rows.items():
-            self._rows[name][slot].copy_(row)
+            some = next(iter(rows.values()))
+            self._rows = {name: _repeat(row.to(self.device), len(self._slots)) for name, row in some.items()}
+        slots = self._index(list(rows))
+        for name, buffer in self._rows.items():
+            stacked = torch.stack([lane_rows[name] for lane_rows in rows.values()])
+            buffer.index_copy_(0, slots, stacked.to(self.device))
+        steps = [self.lanes[key].step % self.schedule.steps_per_epoch for key in rows]
+        self._position.index_copy_(0, slots, torch.tensor(steps, device=self.device))
 
-    def _advance(self, steps: int) -> dict[str, Tensor]:
-        per_epoch = self.schedule.steps_per_epoch
-        slots = torch.arange(len(self._slots), device=self.device)
-        first = torch.tensor(
-            [0 if key is None else self.lanes[key].step % per_epoch for key in self._slots], device=self.device
-        )
-        history = []
-        for i in range(steps):
-            # spare slots may run past the epoch's end: they read its last row
-            position = torch.clamp(first + i, max=per_epoch - 1)
-            rows = {name: row[slots, position] for name, row in self._rows.items()}
-            self._states, metrics = self._stacked_step(self._states, self._hypers, rows)
-            history.append(metrics)
-        return {
-            name: torch.stack([metrics[name] for metrics in history])[:, self._index(list(self.lanes))]
-            for name in history[0]
-        }
+    # --- training ---
+
+    def _advance(self, steps: int) -> tuple[list[str], Tensor]:
+        if self.compiled and self.device.type == "cuda":
+            if self._graphed is None:
+                everything = self._everything()
+                self._graphed = GraphedSteps(self._compiled_step, everything, self.schedule.steps_per_epoch)
+            curves = self._graphed.run(steps)
+        else:
+            step = self._compiled_step if self.compiled else self._plain_step
+            curves = torch.stack([step() for _ in range(steps)])
+        return self._names, curves[:, :, self._index(list(self.lanes))]
+
+    def _plain_step(self) -> Tensor:
+        """One step of all lanes. Returns its metrics, [number of metrics, slots]."""
+        rows = self._row(self._rows, self._position)
+        self._states, metrics = self._stacked_step(self._states, self._hypers, rows)
+        self._position += 1
+        self._names = list(metrics)
+        return stack_metrics(list(metrics.values()))
+
+    def _row(self, rows: Mapping[str, Tensor], position: Tensor) -> dict[str, Tensor]:
+        """Each lane's slice of its epoch's order. Spare slots may run past the end: they read its last row."""
+        slots = torch.arange(position.shape[0], device=position.device)
+        position = position.clamp(max=self.schedule.steps_per_epoch - 1)
+        return {name: row[slots, position] for name, row in rows.items()}
+
+    def _compiled_step(self) -> Tensor:
+        """The same, compiled and in place."""
+        return self._in_place(self._states, self._hypers, self._rows, self._position)
+
+    def _step_in_place(self, states: State, hypers: Any, rows: Any, position: Tensor) -> Tensor:
+        updated, metrics = self._stacked_step(states, hypers, self._row(rows, position))
+        tree_map(lambda old, new: old.copy_(new), states, updated)
+        position.add_(1)
+        self._names = list(metrics)
+        return stack_metrics(list(metrics.values()))
+
+    def _everything(self) -> list[Tensor]:
+        """All that a step changes; capturing a graph must leave it as it was."""
+        tensors: list[Tensor] = [self._position]
+        tree_map(tensors.append, self._states)
+        return tensors
+
+    # --- reading ---
 
     def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        index = self._index(keys)
-        states = tree_map(lambda stack: stack.index_select(0, index), self._states)
-        hypers = tree_map(lambda stack: stack.index_select(0, index), self._hypers)
-        stacked = {name: torch.stack([lane_rows[name] for lane_rows in rows]) for name in rows[0]}
+        """Compiled, all slots are evaluated, so that shapes stay what they were; `keys` are picked from the sums."""
+        if self.compiled:
+            by_key = dict(zip(keys, rows, strict=True))
+            rows = [by_key.get(key or "", rows[0]) for key in self._slots]
+            states, hypers = self._states, self._hypers
+        else:
+            index = self._index(keys)
+            states = tree_map(lambda stack: stack.index_select(0, index), self._states)
+            hypers = tree_map(lambda stack: stack.index_select(0, index), self._hypers)
+        stacked = {name: torch.stack([lane_rows[name] for lane_rows in rows]).to(self.device) for name in rows[0]}
         batches = next(iter(stacked.values())).shape[1]
         sums = [
             self._stacked_evaluate(states, hypers, {name: row[:, i] for name, row in stacked.items()})
             for i in range(batches)
         ]
-        return {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}
+        totals = {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}
+        return {name: total[self._index(keys)] for name, total in totals.items()} if self.compiled else totals
 
     def _index(self, keys: Sequence[str]) -> Tensor:
         return torch.tensor([self._slots.index(key) for key in keys], device=self.device)
@@ -127,3 +190,11 @@ class StackedEngine(Engine):
     def hypers(self, key: str) -> Hypers:
         slot = self._slots.index(key)
         return tree_map(lambda stack: stack[slot].clone(), self._hypers)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _repeat(tensor: Tensor, count: int) -> Tensor:
+    return tensor.unsqueeze(0).repeat(count, *[1] * tensor.dim())

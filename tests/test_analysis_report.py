@@ -232,6 +232,9 @@ def test_report_is_self_contained_and_escapes_what_users_wrote(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<img src=x" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    live = (report.folder / "interactive.html").read_text()
+    assert "<img src=x" not in live
+    assert not re.findall(r"<script[^>]* src=|<link[^>]* href=", live)
     for file in report.files:
         assert file.exists()
     assert (report.folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -308,7 +311,7 @@ def test_report_and_description_reach_the_sweeps_mlflow_run(tmp_path):
     assert done.exit_code == 0, done.output
     run_id = target.info.run_id
     logged = {item.path for item in client.list_artifacts(run_id, "report")}
-    assert logged == {"report/index.html", "report/curves.png", "report/hyper.png"}
+    assert {"report/index.html", "report/interactive.html", "report/curves.png", "report/hyper.png"} <= logged
     assert client.list_artifacts(config.info.run_id) == []
     sweep = open_sweep(tmp_path, "demo")
     assert log_to_sweep_run(sweep, uri, description="# journal") == run_id

@@ -32,12 +32,19 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 15) & 0x1FFFF)
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot trace crc32, and would leave the whole step uncompiled
+def _salt(purpose: str) -> int:
+    return _wrap(zlib.crc32(purpose.encode()))
+
+
 def bits(seed: Tensor, step: Tensor, purpose: str, count: int) -> Tensor:
     """`count` pseudo-random int32 values. seed, step: 0-d integer tensors; purpose: any text. Returns [count]."""
     index = torch.arange(count, dtype=torch.int32, device=seed.device)
-    z = _mix(index * _wrap(0x9E3779B1) + _wrap(zlib.crc32(purpose.encode())))
-    z = _mix(z + seed.to(torch.int32) * _wrap(0x85EBCA77))
-    return _mix(z ^ _mix(step.to(torch.int32) * _wrap(0xC2B2AE3D) + _wrap(0x27D4EB2F)))
+    z = _mix(index * _wrap(0x9E3779B1) + _salt(purpose))
+    # as [1], not 0-d: under vmap the compiler rounds an integer constant beside a 0-d tensor through float32
+    seed, step = seed.to(torch.int32).reshape(1), step.to(torch.int32).reshape(1)
+    z = _mix(z + seed * _wrap(0x85EBCA77))
+    return _mix(z ^ _mix(step * _wrap(0xC2B2AE3D) + _wrap(0x27D4EB2F)))
 
 
 def uniform(seed: Tensor, step: Tensor, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -131,7 +131,8 @@ class Family:
         batch: (program, arrays, row) -> batch, `row` being one step's slice of `order` (or of `test_order`).
         step: (program, state, hyper, batch) -> (state, {metric: 0-d tensor}). Increments `state["step"]`.
         test_order: (program, arrays, seed, epoch) -> {name: tensor [T, ...]}: the evaluation batches after that epoch.
-            A short last batch is padded with index -1.
+            A short last batch is padded with index -1. Names and shapes may depend on the epoch (the test set itself
+            at the last one only, say); the epoch's metrics may then differ too.
         evaluate: (program, state, hyper, batch) -> {metric: SUM over the batch's real examples, "count": their number};
             the engine adds batches up and divides by the count.
         inspect: (program, state, hyper) -> {name: tensor of any small shape}, read at the end of an epoch if the sweep

@@ -25,8 +25,8 @@ def adam(
     count: Tensor,
     lr: Tensor | Mapping[str, Tensor],
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    b1: float | Tensor = 0.9,
+    b2: float | Tensor = 0.999,
     eps: float = 1e-8,
     decoupled_decay: Tensor | Mapping[str, Tensor] | None = None,
 ) -> tuple[Params, Params, Params]:
@@ -35,6 +35,7 @@ def adam(
     Args:
         count: 0-d integer tensor, number of updates INCLUDING this one (1 at the first).
         lr: one 0-d tensor, or one for each parameter name.
+        b1: may be a 0-d tensor, so that a schedule or a lane can move it.
         eps: added to the root of the corrected second moment, as in optax and torch.
         decoupled_decay: rate; params shrink by lr * rate before the update, as in torch.optim.AdamW.
 

@@ -6,6 +6,7 @@ classes and cuts them into families; task k tells the k-th class of one family f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from torch import Tensor
 
 from trainables import draws
 from trainables.ci_vit.program import Program, schedule
+from trainables.datasets.by_class import first_of_each
+from trainables.datasets.digits import load_digits
+from trainables.datasets.imagenet32 import load_imagenet32
+from trainables.datasets.lop import load_lop
+from trainables.datasets.tinyimagenet32 import load_tinyimagenet32
 from trainables.family import Arrays, dtype_of
 
 TEST_BATCH = 500
@@ -25,19 +31,22 @@ def load(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, 
 
     Of each class the first images in file order. uint8, or float32 where the set is published so.
     """
-    by_class = _READERS[program.data](data_dir, cache_dir)
-    arrays = {}
-    for name, kept in (("train_images", program.train), ("test_images", program.test)):
-        images = by_class[name]
-        arrays[name] = images[:, :kept].reshape(-1, *images.shape[2:])
-    return arrays
+    return {
+        name: images.reshape(-1, *images.shape[2:])
+        for name, images in _READERS[program.data](program, data_dir, cache_dir).items()
+    }
 
 
 def task_classes(program: Program, seed: int, task: int) -> list[int]:
     """The classes of a zero-based task, in label order. Each pass over the classes permutes them anew."""
     along, place = divmod(task, program.tasks_per_pass)
-    order = draws.permutation(draws.counter(seed), draws.counter(along), "stream/classes", program.set.classes)
-    return [int(order[family * program.tasks_per_pass + place]) for family in range(program.classes)]
+    order = _class_order(program.set.classes, seed, along)
+    return [order[family * program.tasks_per_pass + place] for family in range(program.classes)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_order(classes: int, seed: int, along: int) -> list[int]:
+    return draws.permutation(draws.counter(seed), draws.counter(along), "stream/classes", classes).tolist()
 
 
 def order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, Tensor]:
@@ -80,6 +89,7 @@ def batch(program: Program, arrays: Arrays, row: Mapping[str, Tensor]) -> dict[s
     return {"images": images, "labels": row["label"], "real": index >= 0}
 
 
+@functools.lru_cache(maxsize=1024)  # asked for at every epoch of the task
 def _of_task(program: Program, seed: int, task: int, kept: int) -> tuple[Tensor, Tensor]:
     """Rows of a task's images in an array of `kept` images a class, and their labels, class after class."""
     classes = torch.tensor(task_classes(program, seed, task))
@@ -101,39 +111,32 @@ def _with_pixels(
 # --- data sets, as [classes, images of each class, side, side, channels] ---------------------------------------------
 
 
-def _digits(data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    from trainables.datasets.digits import load_digits
-
+def _digits(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
     bundle = load_digits()
-    shown = _by_class(bundle["images"][..., None], bundle["labels"], 10, 174)  # the rarest digit has 174 images
-    return {"train_images": shown[:, :140], "test_images": shown[:, 140:]}
+    wanted = program.set.most_train + program.test  # the rarest digit has 174 images: 140 to learn, 34 to test
+    images = first_of_each(bundle["images"][..., None], bundle["labels"], program.set.classes, wanted)
+    return {"train_images": images[:, : program.train], "test_images": images[:, program.set.most_train :]}
 
 
-def _imagenet32(data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    from trainables.datasets.imagenet32 import load_imagenet32
-
-    return load_imagenet32(data_dir, cache_dir)
+def _imagenet32(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
+    return load_imagenet32(data_dir, cache_dir, program.train, program.test)
 
 
-def _lop(data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    from trainables.datasets.lop import load_lop
-
-    return load_lop(data_dir, cache_dir)
+def _lop(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
+    return load_lop(data_dir, cache_dir, program.train, program.test)
 
 
-def _tinyimagenet32(data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    from trainables.datasets.tinyimagenet32 import load_tinyimagenet32
-
-    return load_tinyimagenet32(data_dir, cache_dir)
+def _tinyimagenet32(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
+    return load_tinyimagenet32(data_dir, cache_dir, program.train, program.test)
 
 
-def _cifar10(data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
+def _cifar10(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
     from trainables.datasets.cifar10 import load_cifar10
 
-    flat = load_cifar10(data_dir, cache_dir)
+    flat, classes = load_cifar10(data_dir, cache_dir), program.set.classes
     return {
-        "train_images": _by_class(flat["train_images"], flat["train_labels"], 10, 5000),
-        "test_images": _by_class(flat["test_images"], flat["test_labels"], 10, 1000),
+        "train_images": first_of_each(flat["train_images"], flat["train_labels"], classes, program.train),
+        "test_images": first_of_each(flat["test_images"], flat["test_labels"], classes, program.test),
     }
 
 
@@ -144,8 +147,3 @@ _READERS = {
     "tinyimagenet32": _tinyimagenet32,
     "cifar10": _cifar10,
 }
-
-
-def _by_class(images: np.ndarray, labels: np.ndarray, classes: int, kept: int) -> np.ndarray:
-    """The first `kept` images of each class in file order."""
-    return np.stack([images[np.flatnonzero(labels == label)[:kept]] for label in range(classes)])

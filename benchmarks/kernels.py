@@ -1,0 +1,89 @@
+"""Trial-steps per second of the engines alone: `python benchmarks/kernels.py --family ci_vit --set preset=L3 ...`.
+
+One process, one device, data resident, no Ray: what the engines do when nothing else is in the way. `plain` is the
+serial engine, uncompiled: the family's own step in ordinary PyTorch calls.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from lanes.engine import put
+from lanes.probe import ENGINES
+from trainables.family import load_family
+from tuning.runner import cache_dir
+from tuning.values import parse_field, split
+
+
+def main(
+    family: Annotated[str, typer.Option(help="model family")] = "ci_vit",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="program or hyper field, NAME=VALUE")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="ENGINE:LANES, repeatable")] = None,
+    seconds: Annotated[float, typer.Option(help="measuring time of one row")] = 3.0,
+    data_dir: Annotated[Path | None, typer.Option(envvar="LANEWISE_DATA")] = None,
+    out: Annotated[Path | None, typer.Option(help="append JSON lines here")] = None,
+) -> None:
+    """Measure one program under several engines and lane counts."""
+    loaded = load_family(family)
+    fields = dict(split("--set", text) for text in set_ or [])
+    values = dict(loaded.presets[fields.pop("preset")]) if "preset" in fields else {}
+    values |= {name: parse_field(loaded, name, text) for name, text in fields.items()}
+    program, hyper = loaded.build(values)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    arrays = put(loaded.load(program, data_dir, cache_dir()), device)
+    for choice in engine or ["serial:1", "stacked:8"]:
+        name, _, lanes = choice.rpartition(":")
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        made = ENGINES[name](loaded, program, arrays, device)
+        begun = time.perf_counter()
+        for i in range(int(lanes)):
+            made.insert(f"lane{i}", hyper, i)
+        chunk = made.until_epoch_end()
+        made.advance(chunk)
+        made.evaluate(list(made.lanes))
+        setup = time.perf_counter() - begun
+        done, evaluating, begun = 0, 0.0, time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            made.advance(chunk)
+            done += chunk
+            before = time.perf_counter()
+            made.evaluate(list(made.lanes))
+            evaluating += time.perf_counter() - before
+        elapsed = time.perf_counter() - begun
+        row = {
+            "family": family,
+            "program": values,
+            "engine": name,
+            "lanes": int(lanes),
+            "trial_steps_per_s": done * int(lanes) / (elapsed - evaluating),
+            "with_evaluation": done * int(lanes) / elapsed,
+            "setup_s": setup,
+            "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "torch": torch.__version__,
+        }
+        print(
+            f"{family} {name} x{lanes}: {row['trial_steps_per_s']:.0f} trial-steps/s "
+            f"({row['with_evaluation']:.0f} with evaluation), set-up {setup:.1f} s, "
+            f"peak {row['peak_GiB'] or 0:.1f} GiB",
+            flush=True,
+        )
+        if out is not None:
+            with open(out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        del made
+        torch._dynamo.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    typer.run(main)

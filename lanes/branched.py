@@ -1,0 +1,125 @@
+"""The branched engine: K separately compiled lanes, each a CUDA graph on a stream of its own, replayed side by side.
+
+Best for convolutions, which stacking turns into slow grouped ones. All lanes share one compiled step (their shapes are
+equal), so the program is compiled once; a slot is a set of buffers and the graphs captured over them, and a lane that
+comes or goes is a copy into or out of a slot. GPU only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lanes.engine import Engine, Lane, stack_metrics, tree_map
+from lanes.graphs import GraphedSteps
+from trainables.family import Hypers, State
+
+STREAMS = 16
+
+
+class _Slot:
+    """One lane's buffers, which never move, and the graphs over them."""
+
+    def __init__(self, state: State, hyper: Hypers, device: torch.device, stream: torch.cuda.Stream):
+        self.state = tree_map(torch.clone, state)
+        self.hyper = tree_map(torch.clone, dict(hyper))
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.rows: dict[str, Tensor] = {}
+        self.stream = stream
+        self.graphed: GraphedSteps | None = None
+
+
+class BranchedEngine(Engine):
+    name = "branched"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.device.type != "cuda":
+            raise ValueError("the branched engine runs on a GPU")
+        self._streams = [torch.cuda.Stream() for _ in range(STREAMS)]
+        self._slots: list[_Slot] = []
+        self._free: list[_Slot] = []
+        self._slot_of: dict[str, _Slot] = {}
+        self._names: list[str] = []
+        self._in_place = torch.compile(self._step_in_place, dynamic=False)
+        self._compiled_evaluate = torch.compile(self._evaluate_one, dynamic=False)
+
+    def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
+        if self._free:
+            slot = self._free.pop()
+            tree_map(lambda buffer, value: buffer.copy_(value), slot.state, state)
+            tree_map(lambda buffer, value: buffer.copy_(value), slot.hyper, dict(hyper))
+        else:
+            slot = _Slot(state, hyper, self.device, self._streams[len(self._slots) % STREAMS])
+            self._slots.append(slot)
+        self._slot_of[lane.key] = slot
+
+    def _drop(self, keys: Sequence[str]) -> None:
+        self._free += [self._slot_of.pop(key) for key in keys]
+
+    def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for key, lane_rows in rows.items():
+            slot = self._slot_of[key]
+            if not slot.rows:
+                slot.rows = {name: row.to(self.device, copy=True) for name, row in lane_rows.items()}
+            for name, row in lane_rows.items():
+                slot.rows[name].copy_(row)
+            slot.position.fill_(self.lanes[key].step % self.schedule.steps_per_epoch)
+
+    def _step_in_place(self, state: State, hyper: Any, rows: Any, position: Tensor) -> Tensor:
+        place = position.clamp(max=self.schedule.steps_per_epoch - 1).reshape(1)
+        row = {name: values.index_select(0, place).squeeze(0) for name, values in rows.items()}
+        updated, metrics = self._step_one(state, hyper, row)
+        tree_map(lambda old, new: old.copy_(new), state, updated)
+        position.add_(1)
+        self._names = list(metrics)
+        return stack_metrics(list(metrics.values()))
+
+    def _advance(self, steps: int) -> tuple[list[str], Tensor]:
+        main = torch.cuda.current_stream()
+        slots = [self._slot_of[key] for key in self.lanes]
+        for slot in slots:
+            if slot.graphed is None:
+                self._capture(slot)
+        curves = []
+        for slot in slots:
+            slot.stream.wait_stream(main)
+            with torch.cuda.stream(slot.stream):
+                assert slot.graphed is not None
+                curves.append(slot.graphed.run(steps))
+        for slot, curve in zip(slots, curves, strict=True):
+            main.wait_stream(slot.stream)
+            curve.record_stream(main)
+        return self._names, torch.stack(curves, dim=2)
+
+    def _capture(self, slot: _Slot) -> None:
+        changed: list[Tensor] = [slot.position]
+        tree_map(changed.append, slot.state)
+        step = lambda: self._in_place(slot.state, slot.hyper, slot.rows, slot.position)
+        slot.graphed = GraphedSteps(step, changed, self.schedule.steps_per_epoch)
+
+    def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        main, totals = torch.cuda.current_stream(), []
+        for key, lane_rows in zip(keys, rows, strict=True):
+            slot = self._slot_of[key]
+            placed = {name: row.to(self.device) for name, row in lane_rows.items()}
+            slot.stream.wait_stream(main)
+            with torch.cuda.stream(slot.stream):
+                sums = [
+                    self._compiled_evaluate(slot.state, slot.hyper, {name: row[i] for name, row in placed.items()})
+                    for i in range(len(next(iter(placed.values()))))
+                ]
+                totals.append({name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]})
+        for key in keys:
+            main.wait_stream(self._slot_of[key].stream)
+        torch.cuda.synchronize()
+        return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+    def state(self, key: str) -> State:
+        return tree_map(torch.clone, self._slot_of[key].state)
+
+    def hypers(self, key: str) -> Hypers:
+        return tree_map(torch.clone, self._slot_of[key].hyper)

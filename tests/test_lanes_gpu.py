@@ -1,0 +1,93 @@
+"""The law of lanes on a GPU: `make test-gpu`.
+
+float32: sums are made in another order under vmap, in compiled kernels and in other tile shapes, so that trajectories
+agree to about steps x 1e-6 relative before training amplifies it; we compare losses over the first 20 steps at 2e-3.
+bf16: products carry 8 bits (4e-3); losses over the first 20 steps are compared at 5e-2. What must be exact is exact:
+initial states, draws, data order, and a snapshot continued in the same engine.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from lanes.engine import tree_map
+from lanes.probe import ENGINES
+from lanes.serial import SerialEngine
+from tests.families import CASES, arrays_of, build_case
+from tests.test_lanes import assert_same_state, neighbours, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+# compiling takes most of a minute a case: by default one case a family, all with LANEWISE_GPU_CASES=all
+CHOSEN = (
+    CASES
+    if os.environ.get("LANEWISE_GPU_CASES") == "all"
+    else list({family: (family, case) for family, case in CASES}.values())
+)
+TOLERANCE = {"float32": 2e-3, "bf16": 5e-2}
+
+
+@pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: f"{case[0].rsplit('.', 1)[-1]}-{case[1]}")
+def chosen(request):
+    return request.param
+
+
+@pytest.mark.parametrize("engine", ["stacked, compiled", "branched"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_lane_on_gpu_equals_serial(chosen, engine, precision, cache_dir):
+    family, program, hyper = build_case(*chosen, precision=precision)
+    arrays = arrays_of(family, program, cache_dir, "cuda")
+    steps = min(20, family.schedule(program).steps)
+    alone = SerialEngine(family, program, arrays, "cuda")
+    alone.insert("me", hyper, 3)
+    many = ENGINES[engine](family, program, arrays, "cuda")
+    for i, other in enumerate(neighbours(hyper, 2)):
+        many.insert(f"n{i}", other, i)
+    many.insert("me", hyper, 3)
+    assert_same_state(alone.state("me"), many.state("me"), 0.0)
+    first = steps // 2
+    expected, actual = run(alone, first), run(many, first)
+    many.remove(["n0"])
+    many.insert("late", neighbours(hyper, 3)[2], 9)
+    snapshot = many.state("me")
+    rest_expected, rest_actual = run(alone, steps - first), run(many, steps - first)
+    limit = TOLERANCE[precision]
+    for one, other in ((expected, actual), (rest_expected, rest_actual)):
+        for name, curve in one["me"].items():
+            if "loss" in name:
+                np.testing.assert_allclose(other["me"][name], curve, rtol=limit, atol=limit, err_msg=name)
+    again = ENGINES[engine](family, program, arrays, "cuda")
+    for i, other in enumerate(neighbours(hyper, 2)):
+        again.insert(f"n{i}", other, i)
+    again.insert("me", hyper, 3, state=snapshot)
+    continued = run_lane(again, "me", steps - first)
+    for name, curve in rest_actual["me"].items():
+        np.testing.assert_array_equal(continued[name], curve, err_msg=name)
+
+
+def run_lane(engine, key: str, steps: int) -> dict[str, np.ndarray]:
+    """`run`, where neighbours are in another phase: chunks end at whichever epoch ends first."""
+    return run(engine, steps)[key]
+
+
+def test_poisoned_lane_leaves_neighbours_alone_on_gpu(chosen, cache_dir):
+    family, program, hyper = build_case(*chosen, precision="float32")
+    arrays = arrays_of(family, program, cache_dir, "cuda")
+    clean, poisoned = (ENGINES["stacked, compiled"](family, program, arrays, "cuda") for _ in range(2))
+    for engine in (clean, poisoned):
+        engine.insert("me", hyper, 1)
+        engine.insert("bad", hyper, 2)
+    state = poisoned.state("bad")
+    state["params"] = tree_map(lambda t: torch.full_like(t, torch.nan), state["params"])
+    poisoned.remove(["bad"])
+    poisoned.insert("bad", hyper, 2, state=state)
+    steps = min(8, family.schedule(program).steps)
+    expected, actual = run(clean, steps), run(poisoned, steps)
+    for name, curve in expected["me"].items():
+        np.testing.assert_array_equal(actual["me"][name], curve, err_msg=name)

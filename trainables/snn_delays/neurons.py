@@ -1,0 +1,168 @@
+"""Leaky integrate-and-fire neurons over a whole time axis, with the ATan surrogate gradient, and a readout membrane.
+
+The neuron is spikingjelly's `LIFNode(decay_input=False, v_threshold=1, v_reset=0, detach_reset=True)`
+(github.com/fangwei123456/spikingjelly, activation_based/neuron): with keep = 1 - 1/tau,
+
+    h[t] = keep * v[t-1] + x[t]        membrane before the spike
+    s[t] = 1 if h[t] >= 1 else 0       spike
+    v[t] = h[t] * (1 - s[t])           hard reset to zero; no gradient through this s
+
+and backward ds/dh = (alpha/2) / (1 + (pi/2 * alpha * (h - 1))^2), `surrogate.ATan(alpha)`.
+
+Only this recurrence runs along time, so it is two operators of its own, `lanewise::lif_forward` and
+`lanewise::lif_backward`, over all lanes at once: opaque to torch.compile (which would otherwise unroll every time
+step) and the one place where a fused kernel for a device is registered (`lif_forward.register_kernel("cuda")`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# --- the two operators: [groups, rows, time, positions], one decay and one alpha a group ------------------------------
+
+
+@torch.library.custom_op("lanewise::lif_forward", mutates_args=())
+def lif_forward(x: Tensor, keep: Tensor) -> Tensor:
+    """Membrane before the spike, h.
+
+    Args:
+        x: input current, [G, R, T, N].
+        keep: share of the membrane that survives one step, 1 - 1/tau, [G].
+
+    Returns:
+        h [G, R, T, N], contiguous. A spike stands where h >= 1.
+    """
+    current = x.movedim(2, 0).contiguous()
+    factor = keep.reshape(-1, 1, 1)
+    membranes = torch.empty_like(current)
+    v = torch.zeros_like(current[0])
+    for t in range(current.shape[0]):
+        h = torch.addcmul(current[t], factor, v, out=membranes[t])
+        v = torch.where(h >= 1, 0.0, h)
+    return membranes.movedim(0, 2).contiguous()
+
+
+@lif_forward.register_fake
+def _(x: Tensor, keep: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lanewise::lif_backward", mutates_args=())
+def lif_backward(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    """Gradient with respect to x (and to h) from the gradient with respect to the spikes, both [G, R, T, N].
+
+    g[t] = grad[t] * ds/dh[t] + keep * (1 - s[t]) * g[t+1].
+    """
+    a = alpha.reshape(-1, 1, 1, 1)
+    direct = (grad * (a / 2) / (1 + (math.pi / 2 * a * (h - 1)) ** 2)).movedim(2, 0).contiguous()
+    carry = torch.where(h >= 1, 0.0, keep.reshape(-1, 1, 1, 1)).movedim(2, 0).contiguous()
+    for t in range(direct.shape[0] - 2, -1, -1):
+        direct[t].addcmul_(carry[t], direct[t + 1])
+    return direct.movedim(0, 2).contiguous()
+
+
+@lif_backward.register_fake
+def _(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
+    """The lane axis joined to the group axis, [L, G, ...] -> [L * G, ...]."""
+    stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return stacked.flatten(0, 1)
+
+
+@lif_forward.register_vmap
+def _(info, dims, *args):
+    out = lif_forward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+@lif_backward.register_vmap
+def _(info, dims, *args):
+    out = lif_backward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+# --- their gradient ---------------------------------------------------------------------------------------------------
+
+
+class _Lif(torch.autograd.Function):
+    """Spikes and h of the operators above, with their hand-written gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool) -> tuple[Tensor, Tensor]:
+        # a custom operator may not see a tensor that asks for a gradient while torch.func is at work
+        h = lif_forward(x.detach(), keep.detach())
+        return (h >= 1).to(h.dtype), h
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, keep, alpha, ctx.learn_keep = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(keep, alpha, output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        keep, alpha, h = ctx.saved_tensors
+        current = lif_backward(grad.detach(), h.detach(), keep.detach(), alpha.detach())
+        if not ctx.learn_keep:
+            return current, None, None, None
+        before = torch.where(h >= 1, 0.0, h)[:, :, :-1]  # v[t-1]
+        return current, (current[:, :, 1:] * before).sum((1, 2, 3)), None, None
+
+
+@torch.compiler.allow_in_graph
+def _lif(x: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool) -> tuple[Tensor, Tensor]:
+    # allow_in_graph: traced through, torch.compile (2.13) would drop the hand-written gradient under torch.func.grad
+    # without a word and differentiate the comparison instead
+    return _Lif.apply(x, keep, alpha, learn_keep)
+
+
+def lif(x: Tensor, keep: Tensor, alpha: Tensor, *, learn_keep: bool = False) -> Tensor:
+    """Spikes of a layer of LIF neurons at rest before the first step.
+
+    Args:
+        x: input current, [B, C, T, N] (batch, channels, time, positions).
+        keep: 1 - 1/tau, 0-d; tau in time steps.
+        alpha: steepness of the ATan surrogate, 0-d.
+        learn_keep: give `keep` a gradient (parametric LIF).
+
+    Returns:
+        Spikes, zeros and ones in x's dtype, [B, C, T, N].
+    """
+    batch, channels, steps, positions = x.shape
+    rows = x.reshape(1, batch * channels, steps, positions)
+    spikes, _ = _lif(rows, keep.to(x.dtype).reshape(1), alpha.to(x.dtype).reshape(1), learn_keep)
+    return spikes.reshape(x.shape)
+
+
+def membrane(x: Tensor, keep: Tensor) -> Tensor:
+    """Membrane of neurons that never spike (the readout; spikingjelly's LIFNode with threshold 1e9), [B, C, T].
+
+    v[t] = sum over t' <= t of keep^(t - t') x[t']: one product with a lower triangular matrix.
+    """
+    steps = torch.arange(x.shape[-1], device=x.device)
+    age = steps.unsqueeze(0) - steps.unsqueeze(1)  # [t', t]
+    decay = torch.where(age >= 0, keep ** age.clamp(min=0).to(keep.dtype), 0.0)
+    return x @ decay.to(x.dtype)
+
+
+def keep_of_tau(tau_ms: Tensor, dt_ms: float) -> Tensor:
+    """1 - 1/tau with tau = tau_ms / dt_ms time steps."""
+    return 1 - dt_ms / tau_ms
+
+
+def keep_of_weight(weight: Tensor) -> Tensor:
+    """Parametric LIF (Fang et al. 2021): 1/tau = sigmoid(weight)."""
+    return 1 - torch.sigmoid(weight)
+
+
+def weight_of_tau(tau_ms: Tensor, dt_ms: float) -> Tensor:
+    """The parametric LIF's weight at which tau = tau_ms: -log(tau - 1), tau in steps and above 1."""
+    return -torch.log(tau_ms / dt_ms - 1)
