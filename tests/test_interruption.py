@@ -76,9 +76,9 @@ def test_ctrl_c_ends_in_order_with_130_and_resumes(tmp_path, undisturbed):
 @pytest.mark.heavy
 @pytest.mark.parametrize("scheduler", ["none", "median", "pbt"])
 def test_killed_in_the_middle_of_configs(tmp_path, scheduler):
-    arguments = ("grid", "--engine", "serial", "--scheduler", scheduler, "--set", "epochs=200")
+    arguments = ("grid", "--engine", "serial", "--scheduler", scheduler, "--set", "epochs=60")
     process = Process(tmp_path, "cut", *arguments)
-    process.when(reported(60))
+    process.when(reported(20))
     process.kill()
     process.wait()
     assert process.left() == []

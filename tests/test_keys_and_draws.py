@@ -210,7 +210,10 @@ def test_adam_is_torch_s(decay):
     kwargs = {} if decay is None else {"weight_decay": decay}
     expected = reference(lambda p: make(p, lr=0.01, betas=(0.8, 0.99), eps=1e-7, **kwargs), params, grads)
     mu = nu = optimizers.zeros_like(params)
-    lr, rate = torch.tensor(0.01, dtype=torch.float64), None if decay is None else torch.tensor(decay).double()
+    lr, rate = (
+        torch.tensor(0.01, dtype=torch.float64),
+        None if decay is None else torch.tensor(decay, dtype=torch.float64),
+    )
     for i, grad in enumerate(grads):
         count = torch.tensor(i + 1)
         params, mu, nu = optimizers.adam(

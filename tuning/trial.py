@@ -46,7 +46,11 @@ class ConfigTrial(tune.Trainable):
             covariates=self._settings["covariates"],
             parent={int(seed): (key, epoch) for seed, (key, epoch) in config["parent"].items()},
         )
-        ray.get(self._host.attach.remote(job))
+        try:
+            ray.get(self._host.attach.remote(job))
+        except Exception:
+            self._pool.leave.remote(token)
+            raise
         self._token = token
 
     def step(self) -> dict[str, Any]:
