@@ -15,7 +15,7 @@ import torch
 import typer
 
 from lanes.engine import put
-from lanes.probe import ENGINES
+from lanes.probe import make_engine
 from trainables.family import load_family
 from tuning.runner import cache_dir
 from tuning.values import parse_field, split
@@ -42,7 +42,7 @@ def main(
         name, _, lanes = choice.rpartition(":")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        made = ENGINES[name](loaded, program, arrays, device)
+        made = make_engine(name, int(lanes), loaded, program, arrays, device)
         begun = time.perf_counter()
         for i in range(int(lanes)):
             made.insert(f"lane{i}", hyper, i)

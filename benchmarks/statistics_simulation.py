@@ -47,7 +47,8 @@ def main() -> None:
     text = f"""# Coverage and error rates, by simulation
 
 `python {shlex.join(sys.argv)}`: {args.repeats} repeats of each interval, {args.repeats // 2} of each test,
-{time.perf_counter() - began:.0f} s on one core. Standard errors: 0.003 in the first table, 0.004 near 0.05 in the others.
+{time.perf_counter() - began:.0f} s on one core.
+Standard errors: 0.003 in the first table, 0.004 near 0.05 in the others.
 
 ## How often a nominal 95% interval holds the truth
 

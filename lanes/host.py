@@ -123,11 +123,11 @@ class Host:
         return [replace(report, device=self.label) for report in reports]
 
     def _make_engine(self, family: Any, program: Any, hyper: Any) -> tuple[Any, int]:
-        from lanes.probe import ENGINES, probe
+        from lanes.probe import make_engine, probe, resolve_engine
         from trainables.family import program_key
 
         arrays = self._put(family.load(program, self.settings.data_dir, self.settings.cache_dir))
-        name, lanes = self.settings.engine, self.settings.lanes
+        name, lanes = resolve_engine(self.settings.engine, self.device), self.settings.lanes
         if name == "auto" or not lanes:
             choice = probe(
                 family,
@@ -143,7 +143,7 @@ class Host:
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
             self.probes[program_key(family.name, program)] = choice.lines()
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
-        return ENGINES[name](family, program, arrays, self.device), lanes
+        return make_engine(name, lanes, family, program, arrays, self.device), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """On the device, once for all programs that read the same memory-mapped file."""

@@ -11,7 +11,6 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,34 @@ import torch
 
 from lanes.engine import Engine
 from lanes.serial import SerialEngine
-from lanes.stacked import StackedEngine
+from lanes.stacked import StackedEngine, power_of_two
 from trainables.family import Arrays, Family, program_key
 
 KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
 COMPILE_PAYS_AFTER = 600.0  # seconds of training ahead, below which compiling on a CPU (20-70 s a program) cannot pay
+COMPILE_PAYS_AFTER_ON_GPU = 60.0  # a GPU gains tenfold and more from it
 
 
-def _branched(*args: Any) -> Engine:
-    from lanes.branched import BranchedEngine
-
-    return BranchedEngine(*args)
+ENGINES = ("serial", "stacked", "stacked, compiled", "branched")
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {
-    "serial": SerialEngine,
-    "stacked": StackedEngine,
-    "stacked, compiled": lambda *args, **kwargs: StackedEngine(*args, compiled=True, **kwargs),
-    "branched": _branched,
-}
+def make_engine(
+    name: str, lanes: int, family: Family, program: Any, arrays: Arrays, device: torch.device | str
+) -> Engine:
+    """The engine called `name`, for about `lanes` lanes."""
+    if name == "serial":
+        return SerialEngine(family, program, arrays, device)
+    if name == "branched":
+        from lanes.branched import BranchedEngine
+
+        return BranchedEngine(family, program, arrays, device)
+    compiled = name == "stacked, compiled"
+    return StackedEngine(family, program, arrays, device, compiled=compiled, slots=lanes if compiled else 1)
+
+
+def resolve_engine(name: str, device: torch.device | str) -> str:
+    """What `--engine NAME` means on a device: stacked is compiled where that takes CUDA graphs."""
+    return "stacked, compiled" if name == "stacked" and torch.device(device).type == "cuda" else name
 
 
 @dataclass(frozen=True)
@@ -133,28 +141,43 @@ def probe(
         plain = json.loads(path.read_text())
         return Choice(plain["engine"], plain["lanes"], tuple(Row(**row) for row in plain["table"]), cached=True)
 
-    def row(name: str, lanes: int) -> Row:
-        engine = ENGINES[name](family, program, arrays, device)
-        rate, setup = measure(engine, hyper, lanes, seconds)
-        rows.append(Row(name, lanes, rate, setup))
-        return rows[-1]
-
     rows: list[Row] = []
-    names = engines or ("serial", "stacked")
-    for name in names:
-        if name == "serial":
-            row(name, 1)  # lanes take turns: the rate does not depend on their number
-            continue
-        best, lanes = 0.0, 2
+
+    def rate(name: str, lanes: int) -> float:
+        """Measure one row; out of memory counts as a rate of 0."""
+        started = time.perf_counter()
+        try:
+            engine = make_engine(name, lanes, family, program, arrays, device)
+            measured, setup = measure(engine, hyper, lanes, seconds)
+        except torch.OutOfMemoryError:
+            measured, setup = 0.0, time.perf_counter() - started
+        rows.append(Row(name, lanes, measured, setup))
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+        return measured
+
+    def climb(name: str, lanes: int, factor: int) -> None:
+        """Grow the lane count until it stops paying, or memory ends."""
+        best = 0.0
         while lanes <= max(2, wanted):
-            rate = row(name, lanes).rate
-            if rate < best * KNEE:
-                break
-            best, lanes = rate, lanes * 2
+            now = rate(name, lanes)
+            if now < best * KNEE:
+                return
+            best, lanes = now, lanes * factor
+
+    cuda = torch.device(device).type == "cuda"
+    for name in engines or ("serial", "stacked"):
+        if name == "serial":
+            rate(name, 1)  # lanes take turns: the rate does not depend on their number
+        else:
+            climb(name, 2, 4 if cuda else 2)
+    ahead = expected_steps / max(row.rate for row in rows)
+    if engines is None and cuda and ahead > COMPILE_PAYS_AFTER_ON_GPU:
+        climb("branched", min(8, wanted), 2)  # compiled once, for any number of lanes
+        climb("stacked, compiled", min(32, power_of_two(wanted)), 4)  # compiled for each number of lanes
+    elif engines is None and not cuda and ahead > COMPILE_PAYS_AFTER:
+        rate("stacked, compiled", max(2, max(rows, key=lambda r: r.rate).lanes))
     fastest = max(rows, key=lambda r: r.rate)
-    if engines is None and expected_steps / fastest.rate > COMPILE_PAYS_AFTER:
-        row("stacked, compiled", max(2, fastest.lanes))
-        fastest = max(rows, key=lambda r: r.rate)
     lanes = wanted if fastest.engine == "serial" else fastest.lanes
     choice = Choice(fastest.engine, lanes, tuple(rows))
     if path is not None:

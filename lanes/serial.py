@@ -30,7 +30,8 @@ class SerialEngine(Engine):
             self._rows.pop(key, None)
 
     def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._rows.update(rows)
+        for key, lane_rows in rows.items():
+            self._rows[key] = {name: row.to(self.device) for name, row in lane_rows.items()}
 
     def _advance(self, steps: int) -> tuple[list[str], Tensor]:
         curves = [self._advance_lane(lane, steps) for lane in self.lanes.values()]
@@ -53,7 +54,9 @@ class SerialEngine(Engine):
             batches = len(next(iter(lane_rows.values())))
             sums = [
                 self._evaluate_one(
-                    self._states[key], self._hypers[key], {name: row[i] for name, row in lane_rows.items()}
+                    self._states[key],
+                    self._hypers[key],
+                    {name: row[i].to(self.device) for name, row in lane_rows.items()},
                 )
                 for i in range(batches)
             ]

@@ -115,6 +115,9 @@ class Stack:
             if found is None and seed in job.parent:
                 donor, epoch = job.parent[seed]
                 found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
+                if found is None:
+                    raise RuntimeError(f"run {key} should continue from run {donor}, which has no checkpoint")
+                found[1]["device_seconds"] = 0.0  # the donor's training is the donor's cost
             if found is not None:
                 run.state, extra = found
                 run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
@@ -217,7 +220,8 @@ class Stack:
         self.recorder.steps(run.key, run.step + 1, curves)
         run.step += len(next(iter(curves.values())))
         for name, values in curves.items():
-            run.sums[name] = run.sums.get(name, 0.0) + float(values.sum())
+            # step by step, so that the sum does not depend on how the clock cut the epoch into chunks
+            run.sums[name] = float(np.cumsum([run.sums.get(name, 0.0), *values])[-1])
 
     def _drop_diverged(self) -> None:
         diverged = [lane for lane, run in self._training.items() if run.status == "diverged"]

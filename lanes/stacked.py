@@ -34,7 +34,7 @@ class StackedEngine(Engine):
     def __init__(self, *args, compiled: bool = False, slots: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.compiled = compiled
-        self._least = _power_of_two(slots) if compiled else 0
+        self._least = power_of_two(slots) if compiled else 0
         self._slots: list[str | None] = []
         self._states: State = {}
         self._hypers: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ class StackedEngine(Engine):
             self._resize(kept, size)
 
     def _size_for(self, lanes: int) -> int:
-        return max(self._least, _power_of_two(lanes)) if self.compiled else lanes
+        return max(self._least, power_of_two(lanes)) if self.compiled else lanes
 
     def _resize(self, kept: list[int], size: int) -> None:
         """Rebuild the stack with the `kept` slots first. Spare slots repeat a kept lane: finite, and never read."""
@@ -192,7 +192,7 @@ class StackedEngine(Engine):
         return tree_map(lambda stack: stack[slot].clone(), self._hypers)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 

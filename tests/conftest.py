@@ -25,3 +25,11 @@ def data_dir() -> Path:
             "no real data here: set LANEWISE_DATA to a folder with cifar10/, tinyimagenet32/, mnist/, text/, fsdd/"
         )
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A whole sweep of the toy family, as a user runs it; tests of what a sweep leaves behind share it."""
+    from tests.toy_sweeps import UNDISTURBED, sweep
+
+    return sweep(tmp_path_factory.mktemp("undisturbed"), "whole", *UNDISTURBED)

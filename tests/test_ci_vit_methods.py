@@ -123,6 +123,21 @@ def test_ages_follow_a_hand_made_firing_pattern_in_every_algorithm(cache_dir, al
     assert state["ages"][0, 0] == len(pattern)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_step_keeps_the_state_s_order_so_that_it_compiles_once(cache_dir, algorithm):
+    program, hyper, state, data = lane(algorithm, cache_dir, covariates=("entropy",))
+    following, _ = learning.step(program, state, hyper, data)
+    for before, after in ((state, following), *((state[k], following[k]) for k in ("params", "statistics"))):
+        assert list(before) == list(after)
+        for name, value in before.items():
+            if isinstance(value, torch.Tensor):
+                assert (value.dtype, value.shape, value.stride()) == (
+                    after[name].dtype,
+                    after[name].shape,
+                    after[name].stride(),
+                ), name
+
+
 def test_a_reset_touches_its_unit_and_nothing_else(cache_dir):
     values = {"reset_freq": 1 / 24 * 1.0001, "cbp_age": 3.0, "lr": 1e-2}
     program, hyper, state, data = lane("cbp", cache_dir, **values)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lanes.engine import tree_map
-from lanes.probe import ENGINES
+from lanes.probe import make_engine
 from lanes.serial import SerialEngine
 from tests.families import CASES, arrays_of, build_case
 from tests.test_lanes import assert_same_state, neighbours, run
@@ -46,7 +46,7 @@ def test_lane_on_gpu_equals_serial(chosen, engine, precision, cache_dir):
     steps = min(20, family.schedule(program).steps)
     alone = SerialEngine(family, program, arrays, "cuda")
     alone.insert("me", hyper, 3)
-    many = ENGINES[engine](family, program, arrays, "cuda")
+    many = make_engine(engine, 3, family, program, arrays, "cuda")
     for i, other in enumerate(neighbours(hyper, 2)):
         many.insert(f"n{i}", other, i)
     many.insert("me", hyper, 3)
@@ -62,7 +62,7 @@ def test_lane_on_gpu_equals_serial(chosen, engine, precision, cache_dir):
         for name, curve in one["me"].items():
             if "loss" in name:
                 np.testing.assert_allclose(other["me"][name], curve, rtol=limit, atol=limit, err_msg=name)
-    again = ENGINES[engine](family, program, arrays, "cuda")
+    again = make_engine(engine, 3, family, program, arrays, "cuda")
     for i, other in enumerate(neighbours(hyper, 2)):
         again.insert(f"n{i}", other, i)
     again.insert("me", hyper, 3, state=snapshot)
@@ -79,7 +79,7 @@ def run_lane(engine, key: str, steps: int) -> dict[str, np.ndarray]:
 def test_poisoned_lane_leaves_neighbours_alone_on_gpu(chosen, cache_dir):
     family, program, hyper = build_case(*chosen, precision="float32")
     arrays = arrays_of(family, program, cache_dir, "cuda")
-    clean, poisoned = (ENGINES["stacked, compiled"](family, program, arrays, "cuda") for _ in range(2))
+    clean, poisoned = (make_engine("stacked, compiled", 2, family, program, arrays, "cuda") for _ in range(2))
     for engine in (clean, poisoned):
         engine.insert("me", hyper, 1)
         engine.insert("bad", hyper, 2)

@@ -39,7 +39,8 @@ def _salt(purpose: str) -> int:
 
 def bits(seed: Tensor, step: Tensor, purpose: str, count: int) -> Tensor:
     """`count` pseudo-random int32 values. seed, step: 0-d integer tensors; purpose: any text. Returns [count]."""
-    index = torch.arange(count, dtype=torch.int32, device=seed.device)
+    # ^ 0 keeps the compiler from folding the product below into its own index arithmetic, whose overflow is undefined
+    index = torch.arange(count, dtype=torch.int32, device=seed.device) ^ 0
     z = _mix(index * _wrap(0x9E3779B1) + _salt(purpose))
     # as [1], not 0-d: under vmap the compiler rounds an integer constant beside a 0-d tensor through float32
     seed, step = seed.to(torch.int32).reshape(1), step.to(torch.int32).reshape(1)

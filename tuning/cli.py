@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,7 @@ from rich.text import Text
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, load_family
 from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
-from tuning.sweep import SweepPlan
+from tuning.sweep import SweepPlan, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
@@ -26,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
-    """Run a family's command line and exit: 0 done, 2 a mistake of the user's (one line), 130 interrupted."""
+    """Run a family's command line and exit: 0 done, 1 failed, 2 a mistake of the user's (one line), 130 interrupted."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(help=f"Search over {sweeps.family}. SWEEP is a named sweep or a notebook's run (see --list).")(
         _command(sweeps)
@@ -182,7 +183,7 @@ def resolve(
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
     if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched":
+    if engine == "branched" and not address and not torch.cuda.is_available():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
     if data_dir is not None and not data_dir.is_dir():
         raise BadValue(f"--data-dir {data_dir} is not a folder")
@@ -223,6 +224,11 @@ def resolve(
         plan = replace(plan, trials=min(plan.trials or grid or 0, grid or 0))
     elif plan.trials is None and space.size() is None:
         raise BadValue(f"{chosen.name} has a continuous range: say how many configs to try with --trials")
+    if plan.scheduler == "pbt" and not perturbable(space, family):
+        raise BadValue(
+            f"--scheduler pbt has nothing to perturb: {chosen.name} has no axis that sets one of the hypers "
+            f"{', '.join(family.hyper_fields)}"
+        )
     plan.reference  # noqa: B018  # contradictions among the fields are told here
     return plan
 
@@ -256,11 +262,17 @@ def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
     console = terminal()
     try:
         outcome = run(plan, console, quiet, resume)
-    except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt):
-            print(f"the sweep failed ({type(error).__name__}): see {_shown(plan.folder / 'log.txt')}", file=sys.stderr)
-        console.print(f"continue it with: {_resume_command(plan)}", soft_wrap=True)
-        raise
+    except KeyboardInterrupt:
+        print(f"interrupted; continue with: {_resume_command(plan)}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        log_file = _shown(plan.folder / "log.txt")
+        print(
+            f"the sweep failed ({type(error).__name__}: {error}): see {log_file}; continue with: "
+            f"{_resume_command(plan)}".replace("\n", " "),
+            file=sys.stderr,
+        )
+        return 1
     if not quiet:
         print_end(plan, outcome, console)
     return 130 if outcome.interrupted else 0

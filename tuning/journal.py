@@ -3,10 +3,11 @@
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
     begin      {session, versions}
-    proposed   {index, trial, config_key, label, algorithm, point, values, runs: {seed: run_key}, epochs}
+    proposed   {index, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
+                runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it
     resumed    {trial, config_key, replaces}          the same config under a new trial id, after a restart
     report     {trial, config_key, epoch, progress, values, spread, per_seed, engine, lanes, device, done}
-    decision   {trial, config_key, epoch, decision}   what the scheduler made of it: CONTINUE, STOP, PAUSE
+    decision   {trial, config_key, epoch, decision}   what the scheduler made of it: CONTINUE, STOP, PAUSE, EXPLOIT
     end        {trial, config_key, stop_reason, epoch, error}
     finish     {reason}                               the sweep is over: done, time budget, interrupted
 """

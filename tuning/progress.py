@@ -32,6 +32,7 @@ class Progress:
         self._console = console
         self._budget, self._metric, self._mode = budget, metric, mode
         self._running: dict[str, float] = {}  # trial -> fraction of its length done
+        self._copying: set[str] = set()
         self._ended: dict[str, int] = {}
         self._best: dict[float, tuple[float, str]] = {}  # progress -> best value there, and whose
         self._labels: dict[str, str] = {}
@@ -72,6 +73,10 @@ class Progress:
             there = self._best.get(event["fraction"])
             if math.isfinite(value) and (there is None or self._better(value, there[0])):
                 self._best[event["fraction"]] = (value, self._labels.get(trial, ""))
+        elif event["event"] == "decision" and event["decision"] == "EXPLOIT":
+            self._copying.add(trial)
+        elif event["event"] == "end" and trial in self._copying:
+            self._copying.remove(trial)  # PBT: another config goes on in its place
         elif event["event"] == "end":
             self._running.pop(trial, None)
             reason = event["stop_reason"]

@@ -7,7 +7,7 @@ by a process of its own (`tuning.sync`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,19 @@ TABLE_SECONDS = 5.0
 
 
 class Recorder(Callback):
-    """One for a sweep. `on_decision` is for the scheduler, `apply` for events that others wrote."""
+    """One for a sweep. `on_decision` and `on_exploit` are for the scheduler, `apply` for events that others wrote.
+
+    `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT).
+    """
+
+    on_abandon: Callable[[str], None]
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
         self._checkpoints = CheckpointStore(plan.folder / "checkpoints")
         self._decisions: dict[str, str] = {}
+        self._exploits: dict[str, dict[str, Any]] = {}
+        self._last: dict[str, str] = {}  # trial -> what was decided of its last report
         self._config_of: dict[str, str] = {}
         self._written = time.monotonic()
         self.results = 0
@@ -47,6 +54,10 @@ class Recorder(Callback):
     def on_decision(self, trial: Any, result: Mapping[str, Any], decision: str) -> None:
         self._decisions[trial.trial_id] = decision
 
+    def on_exploit(self, trial: str, config: dict[str, Any]) -> None:
+        """PBT gives a trial, whose result is being decided, another's states and perturbed hypers."""
+        self._exploits[trial] = config
+
     def _write(self, kind: str, **fields: Any) -> None:
         self.apply(self._journal.write(kind, **fields))
 
@@ -55,9 +66,6 @@ class Recorder(Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
         self.results += 1
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
-        if self._config_of.get(trial.trial_id, result["config_key"]) != result["config_key"]:
-            self._exploited(trial.trial_id, result)
-        self._config_of[trial.trial_id] = result["config_key"]
         fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
         self._write(
             "report",
@@ -66,10 +74,16 @@ class Recorder(Callback):
             fraction=result["progress"] / self._plan.length,
         )
         decision = "STOP" if result["done"] else self._decisions.pop(trial.trial_id, "CONTINUE")
+        exploit = self._exploits.pop(trial.trial_id, None)
+        self._last[trial.trial_id] = decision = "EXPLOIT" if exploit else decision
         self._write("decision", **identity, epoch=result["epoch"], decision=decision)
+        if exploit:
+            self._exploited(trial.trial_id, result["epoch"], exploit)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
+        if self._last.get(trial.trial_id) != "STOP":
+            return  # ended by the time budget, not by itself or the scheduler: it has no end yet, and --resume goes on
         self._end(trial, result.get("stop_reason") or "stopped", result.get("epoch", 0))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -96,16 +110,11 @@ class Recorder(Callback):
             for run in self._table.runs_of.get(trial.trial_id, ()):
                 self._checkpoints.discard(run)
 
-    def _exploited(self, trial: str, result: Mapping[str, Any]) -> None:
-        """PBT gave this trial another's weights and perturbed hypers: the old config ends, a new one goes on."""
-        self._write("end", trial=trial, config_key=self._config_of[trial], stop_reason="stopped", epoch=result["epoch"])
-        config = result["config_made"]
+    def _exploited(self, trial: str, epoch: int, config: Mapping[str, Any]) -> None:
+        """The old config ends; a new one goes on in the same trial, from its parent's states."""
         self._write(
-            "proposed",
-            index=-1,
-            trial=trial,
-            config_key=result["config_key"],
-            algorithm=config["algorithm"],
-            runs={seed: report["run_key"] for seed, report in result["per_seed"].items()},
-            **{name: config[name] for name in ("label", "point", "values", "program", "hyper", "epochs")},
+            "end", trial=trial, config_key=self._config_of[trial], stop_reason="stopped", epoch=epoch, error=None
         )
+        self.on_abandon(trial)
+        fields = ("config_key", "label", "algorithm", "point", "values", "program", "hyper", "runs", "epochs", "parent")
+        self._write("proposed", index=-1, trial=trial, **{name: config[name] for name in fields})

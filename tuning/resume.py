@@ -11,14 +11,21 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tuning.journal import Event, read
-from tuning.searchers import Source, outcome_of
+from tuning.schedulers import Fifo
+from tuning.searchers import Source, tell_end
 from tuning.sweep import SweepPlan
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PastTrial:
+    """Stands for a trial of the session before."""
+
+    trial_id: str
 
 
 @dataclass
@@ -31,19 +38,23 @@ class Past:
         seeds_used: config key -> runs it has.
         unfinished: proposals without an end: the `proposed` event with `trial` its newest id, `trial_first` the id the
             searcher knows, and `reported` the last epoch whose report was journalled.
+        trials: trial id -> what stood for the trial when the scheduler heard its reports again.
     """
 
     events: list[Event] = field(default_factory=list)
     proposed: int = 0
     seeds_used: dict[str, int] = field(default_factory=dict)
     unfinished: list[Event] = field(default_factory=list)
+    trials: dict[str, PastTrial] = field(default_factory=dict)
 
 
 def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Past:
     """Play the journal to a fresh source and scheduler."""
     past = Past()
     open_trials: dict[str, Event] = {}
-    stand_ins: dict[str, Any] = {}
+    stand_ins = past.trials
+    listener: Any = scheduler if scheduler.replayable else Fifo()
+    decisions = 0
     results: dict[str, dict[str, Any]] = {}
     for event, _ in read(journal):
         past.events.append(event)
@@ -52,11 +63,12 @@ def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Pa
             if event["index"] >= 0:
                 _ask_again(source, event)
                 past.proposed += 1
-            key = event["config_key"]
-            past.seeds_used[key] = past.seeds_used.get(key, 0) + len(event["runs"])
-            open_trials[trial] = {**event, "trial_first": trial, "reported": 0}
-            stand_ins[trial] = SimpleNamespace(trial_id=trial, config={"point": event["point"]})
-            scheduler.on_trial_add(None, stand_ins[trial])
+                key = event["config_key"]
+                past.seeds_used[key] = past.seeds_used.get(key, 0) + len(event["runs"])
+                stand_ins[trial] = PastTrial(trial)
+                listener.on_trial_add(None, stand_ins[trial])
+            born = max((epoch for _, epoch in event.get("parent", {}).values()), default=0)
+            open_trials[trial] = {**event, "trial_first": trial, "reported": born}
         elif event["event"] == "resumed":
             earlier = open_trials.pop(event["replaces"])
             open_trials[trial] = {**earlier, "trial": trial}
@@ -70,20 +82,23 @@ def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Pa
         elif event["event"] == "decision":
             proposal, result = open_trials[trial], results[trial]
             if not result["done"]:
-                scheduler.on_trial_result(None, stand_ins[trial], result)
-                source.report(proposal["trial_first"], result["progress"], result[plan.metric])
+                listener.on_trial_result(None, stand_ins[trial], result)
+                decisions += 1
+                if event["decision"] != "STOP" and proposal["index"] >= 0:
+                    source.report(proposal["trial_first"], result["progress"], result[plan.metric])
         elif event["event"] == "end":
             proposal = open_trials.pop(trial)
             result = {**results.get(trial, {}), "stop_reason": event["stop_reason"]}
             error = event["stop_reason"] in ("crashed", "oom")
             if error:
-                scheduler.on_trial_error(None, stand_ins[trial])
+                listener.on_trial_error(None, stand_ins[trial])
             else:
-                scheduler.on_trial_complete(None, stand_ins[trial], result)
+                listener.on_trial_complete(None, stand_ins[trial], result)
             if proposal["index"] >= 0:
-                outcome, value = outcome_of(result, error, plan.metric)
-                source.tell(proposal["trial_first"], outcome, value)
+                tell_end(source, proposal["trial_first"], result, error, plan.metric)
     past.unfinished = list(open_trials.values())
+    if not scheduler.replayable:
+        scheduler.skip(decisions)
     return past
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -77,7 +78,11 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
         with progress:
             sync = _start_sync(plan)
-            outcome = _search(plan, progress, resume, seconds)
+            try:
+                outcome = _search(plan, progress, resume, seconds)
+            except Exception:
+                log.exception("the sweep failed")
+                raise
             begun = time.monotonic()
             progress.phase("writing the report")
             _report(plan)
@@ -97,9 +102,11 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
     os.environ.update(
         RAY_AIR_NEW_OUTPUT="0",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-        TUNE_MAX_PENDING_TRIALS_PG=str(max(1, plan.max_concurrent)),
         RAY_CHDIR_TO_TRIAL_DIR="0",
     )
+    if not plan.address:
+        # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     from ray import tune
 
@@ -108,7 +115,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
     from tuning.runs import RunTable
-    from tuning.schedulers import make_scheduler
+    from tuning.schedulers import Pbt, make_scheduler
     from tuning.searchers import Proposer, make_source
     from tuning.trial import ConfigTrial
 
@@ -120,6 +127,15 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         concurrent = plan.max_concurrent or _concurrency(plan, len(slots), gpu)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         trial_cpus = max(0.001, round(TRIAL_CPUS * cpus / concurrent, 4))
+        # a population is compared with all its members: those that find no room wait their turn, paused
+        in_flight = concurrent
+        if plan.scheduler == "pbt":
+            in_flight = plan.budget
+            held = 0.0 if gpu else min(len(slots), concurrent) * (1 - TRIAL_CPUS)
+            trial_cpus = math.floor(1e4 * (cpus - held) / concurrent) / 1e4
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(in_flight)
+        # there are no files of Tune's own loggers: our tables are elsewhere
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         plain = plan.to_plain()
         schedule = plain["schedule"]
         lanes_wanted = -(-concurrent * plan.seeds // len(slots))
@@ -143,17 +159,31 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             .options(num_cpus=0)
             .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
         )
+        if plan.scheduler == "pbt":
+            ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         table = RunTable(plain)
         source = make_source(plan)
-        scheduler = make_scheduler(plan, lambda trial, result, decision: None)
+        scheduler = make_scheduler(plan)
         past = replay(plan, plan.folder / "journal.jsonl", source, scheduler) if resume else Past()
         journal = Journal(plan.folder / "journal.jsonl")
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
-        scheduler.on_decision = recorder.on_decision  # type: ignore[attr-defined]
+        scheduler.on_decision = recorder.on_decision
+        if isinstance(scheduler, Pbt):
+            scheduler.exploited = recorder.on_exploit
         journal.write("begin", versions=versions(), resumed=resume)
-        proposer = Proposer(plan, source, journal, recorder.apply, past.proposed, past.seeds_used, past.unfinished)
+        proposer = Proposer(
+            plan,
+            source,
+            journal,
+            recorder.apply,
+            past.proposed,
+            past.seeds_used,
+            past.unfinished,
+            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces]),
+        )
+        recorder.on_abandon = proposer.abandon
         trainable = tune.with_parameters(
             ConfigTrial,
             pool=pool,
@@ -173,7 +203,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 search_alg=proposer,
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=in_flight,
                 reuse_actors=True,
                 time_budget_s=plan.time_budget or None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -192,9 +222,12 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         trained: Any = ray.get(pool.flush.remote())  # type: ignore[attr-defined]
         seconds["training, all devices"] = sum(trained.values())
         seconds["devices"] = float(len(trained))
-        left = plan.budget > sum(progress.ended.values())
-        interrupted = left and not plan.time_budget
-        recorder.apply(journal.write("finish", reason="interrupted" if left else "done"))
+        running = any(row["config_stop_reason"] in ("pending", "running") for row in table.rows.values())
+        left = running or proposer.remaining > 0
+        time_up = 0 < plan.time_budget <= seconds["search"]
+        interrupted = left and not time_up
+        reason = "interrupted" if interrupted else "time budget" if time_up else "done"
+        recorder.apply(journal.write("finish", reason=reason))
         recorder.write_table()
         journal.close()
         return interrupted, list(table.rows.values()), recorder.results
@@ -291,7 +324,10 @@ def write_sweep_json(plan: SweepPlan, code: Path) -> None:
 
 def _start_sync(plan: SweepPlan) -> subprocess.Popen:
     command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", str(plan.storage), "--follow"]
-    return subprocess.Popen([*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment())
+    # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
+    return subprocess.Popen(
+        [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
+    )
 
 
 def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:

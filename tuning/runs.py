@@ -22,6 +22,8 @@ FIXED = {
     "config_key": pa.string(),
     "run_key": pa.string(),
     "seed": pa.int32(),
+    "parent_run_key": pa.string(),
+    "parent_epoch": pa.int32(),
     "trial": pa.string(),
     "stop_reason": pa.string(),
     "config_stop_reason": pa.string(),
@@ -79,6 +81,7 @@ class RunTable:
         keys = []
         for seed, key in event["runs"].items():
             keys.append(key)
+            parent, born = event.get("parent", {}).get(seed, (None, None))
             self.rows[key] = {
                 "sweep": self._plain["name"],
                 "family": self._plain["family"],
@@ -87,6 +90,8 @@ class RunTable:
                 "config_key": event["config_key"],
                 "run_key": key,
                 "seed": int(seed),
+                "parent_run_key": parent,
+                "parent_epoch": born,
                 "trial": event["trial"],
                 "stop_reason": "pending",
                 "config_stop_reason": "pending",

@@ -6,10 +6,11 @@ Schedulers count `progress` (see `tuning.sweep`), not iterations, so that a rung
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -18,19 +19,27 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from search_spaces.space import Arms, Axis, Range
-from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan
+from search_spaces.space import Range
+from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan, clamp, perturbable
 
 
 class Decided(TrialScheduler):
-    """Mixed into a scheduler: tells `on_decision(trial, result, decision)` what it decided."""
+    """Mixed into a scheduler: tells `on_decision(trial, result, decision)` what it decided.
 
-    on_decision: Callable[[Any, dict[str, Any], str], None]
+    `replayable` says whether a resumed sweep plays its journal to the scheduler; `adopt` then tells it that a config
+    goes on under a new trial id.
+    """
+
+    on_decision: Callable[[Any, dict[str, Any], str], None] = staticmethod(lambda trial, result, decision: None)
+    replayable = True
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
         self.on_decision(trial, result, decision)
         return decision
+
+    def adopt(self, trial_id: str, past: Any) -> None:
+        """The config of the earlier trial `past` continues as `trial_id`."""
 
 
 class Asha(Decided, ASHAScheduler):
@@ -40,16 +49,91 @@ class Asha(Decided, ASHAScheduler):
 class Median(Decided, MedianStoppingRule):
     """Median stopping rule (Golovin et al. 2017)."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._past: dict[str, Any] = {}
+
+    def adopt(self, trial_id: str, past: Any) -> None:
+        self._past[trial_id] = past
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        past = self._past.pop(trial.trial_id, None)
+        if past is not None and past in self._results:  # one config, one curve: before and after the restart
+            self._results[trial] = self._results.pop(past)
+
 
 class Pbt(Decided, PopulationBasedTraining):
-    """Population based training (Jaderberg et al. 2017)."""
+    """Population based training (Jaderberg et al. 2017).
+
+    Tune decides who copies whom. What the copy is, is made here: the donor's config with its perturbable axes changed
+    and put back into their ranges, under a run key of its own that names its lineage, continuing from the donor's
+    states. `exploited(trial_id, config)` is told. Every draw derives from the sweep's seed and the number of decisions
+    before it. A resumed population scores itself anew: it is not replayed.
+    """
+
+    exploited: Callable[[str, dict[str, Any]], None] = staticmethod(lambda trial, config: None)
+    replayable = False
+
+    def __init__(self, plan: SweepPlan, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._plan = plan
+        self._decisions = 0
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        # Tune refuses PBT beside any searcher; `tuning.searchers.Proposer` knows how to give up a trial
+        alone: Any = SimpleNamespace(search_alg=None)
+        super().on_trial_add(alone, trial)
+
+    def skip(self, decisions: int) -> None:
+        """As many decisions have been made before a restart."""
+        self._decisions += decisions
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self._decisions += 1
+        shared = random.getstate()  # Tune draws from the process's own generator
+        random.seed(f"{self._plan.seed}/{self._decisions}")
+        try:
+            return super().on_trial_result(tune_controller, trial, result)
+        finally:
+            random.setstate(shared)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        explored, operations = super()._get_new_config(trial, trial_to_clone)
+        state: Any = self._trial_state[trial_to_clone]
+        epoch = int(state.last_result["epoch"])
+        made = descend(self._plan, explored, trial_to_clone.config, epoch, trial.config)
+        self.exploited(trial.trial_id, made)
+        return made, operations
+
+
+def descend(
+    plan: SweepPlan, explored: Mapping[str, Any], donor: Mapping[str, Any], epoch: int, old: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The trial config that continues `donor` from `epoch` at the perturbed point, in the place of `old`."""
+    config = plan.resolve(clamp(plan.space, explored["point"]))
+    lineage = "/".join((config.key, str(epoch), *donor["runs"].values(), *old["runs"].values()))
+    runs = {seed: plan.run_key(lineage, int(seed)) for seed in donor["runs"]}
+    return {
+        "config_key": config.key,
+        "label": config.label,
+        "algorithm": config.algorithm,
+        "point": dict(config.point),
+        "values": dict(config.values),
+        "program": config.program,
+        "hyper": config.hyper,
+        "runs": runs,
+        "epochs": config.epochs,
+        "reports": [at for at in config.reports if at > epoch],
+        "parent": {seed: (key, epoch) for seed, key in donor["runs"].items()},
+    }
 
 
 class Fifo(Decided, FIFOScheduler):
     """No early stopping."""
 
 
-def make_scheduler(plan: SweepPlan, on_decision: Callable[[Any, dict[str, Any], str], None]) -> TrialScheduler:
+def make_scheduler(plan: SweepPlan) -> Decided:
     """The plan's scheduler. Metric and mode are set here, not in TuneConfig (Tune refuses both)."""
     scheduler: Decided
     common: dict[str, Any] = {"metric": plan.metric, "mode": plan.objective.mode}
@@ -60,29 +144,25 @@ def make_scheduler(plan: SweepPlan, on_decision: Callable[[Any, dict[str, Any], 
         scheduler = Median(time_attr="progress", grace_period=3, min_samples_required=3, min_time_slice=never, **common)
     elif plan.scheduler == "pbt":
         scheduler = Pbt(
+            plan,
             time_attr="progress",
-            perturbation_interval=plan.length / SEGMENTS["pbt"],
+            # every report decides: segments end at whole epochs, so that two may be little more than half one apart
+            perturbation_interval=0.5 * plan.length / SEGMENTS["pbt"],
             hyperparam_mutations={"point": mutations(plan)},
             **common,
         )
     else:
         scheduler = Fifo()
-    scheduler.on_decision = on_decision
     return scheduler
 
 
 def mutations(plan: SweepPlan) -> dict[str, Any]:
-    """Axes that PBT may perturb: those that set a hyper, never the program (that would be another net)."""
-    found: dict[str, Any] = {}
-    for axis in plan.space.axes:
-        if isinstance(axis, Arms) or axis.when or (axis.sets or axis.name) not in plan.loaded.hyper_fields:
-            continue
-        found[axis.name] = (
-            _resample(axis, np.random.default_rng(plan.seed)) if isinstance(axis, Range) else [*axis.values]
-        )
-    return found
+    """What PBT may do to each perturbable axis: a list of values to step along, or a draw to resample from."""
 
+    def draw(axis: Range) -> Callable[[], float]:
+        return lambda: axis.at(random.random())  # of the generator that `Pbt` seeds for each decision
 
-def _resample(axis: Axis, rng: np.random.Generator) -> Callable[[], float]:
-    assert isinstance(axis, Range)
-    return lambda: axis.at(float(rng.random()))
+    return {
+        axis.name: draw(axis) if isinstance(axis, Range) else sorted(axis.values)
+        for axis in perturbable(plan.space, plan.loaded)
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,6 +82,7 @@ class OptunaSource:
         self._space = space
         self._search = OptunaSearch(self._define, metric="value", mode=mode, sampler=sampler)
         self._points: dict[str, Point] = {}
+        self._reported: dict[str, int] = {}
         self._asking = ""
 
     def _define(self, trial: Any) -> None:
@@ -110,8 +111,10 @@ class OptunaSource:
         return self._search._ot_trials[trial]
 
     def report(self, trial: str, progress: float, value: float) -> None:
-        if math.isfinite(value):
-            self._trial(trial).report(value, round(progress * 1000))
+        step = round(progress * 1000)
+        if math.isfinite(value) and self._reported.get(trial) != step:
+            self._reported[trial] = step
+            self._trial(trial).report(value, step)
 
     def tell(self, trial: str, outcome: str, value: float | None) -> None:
         states = self._optuna.trial.TrialState
@@ -139,10 +142,11 @@ class HyperOptSource:
             if self._space.is_active(axis, point):
                 value = raw[axis.name]
                 if isinstance(axis, Range):
-                    point[axis.name] = int(value) if axis.integer else float(value)
+                    inside = min(max(value, axis.low), axis.high)
+                    point[axis.name] = int(inside) if axis.integer else float(inside)
                 else:
                     order = sorted(axis.values) if is_ordered(axis) else axis.values
-                    point[axis.name] = order[int(value)]
+                    point[axis.name] = order[min(max(int(value), 0), len(order) - 1)]
         return point
 
     def report(self, trial: str, progress: float, value: float) -> None:
@@ -204,16 +208,18 @@ def _ancestors(space: Space, axis: Axis) -> set[str]:
 
 
 def _hyperopt_leaf(hp: Any, axis: Axis) -> Any:
+    """Whole numbers are rounded draws from half below the first to half above the last, so that the two at the ends
+    are as likely as the others; `ask` brings back what rounds to outside."""
     if isinstance(axis, Range):
         if axis.integer:
             if axis.log:
-                return hp.qloguniform(axis.name, math.log(axis.low), math.log(axis.high), 1)
-            return hp.uniformint(axis.name, axis.low, axis.high)
+                return hp.qloguniform(axis.name, math.log(axis.low - 0.5), math.log(axis.high + 0.5), 1)
+            return hp.quniform(axis.name, axis.low - 0.5, axis.high + 0.5, 1)
         if axis.log:
             return hp.loguniform(axis.name, math.log(axis.low), math.log(axis.high))
         return hp.uniform(axis.name, axis.low, axis.high)
     if is_ordered(axis):
-        return hp.quniform(axis.name, 0, len(axis.values) - 1, 1) if len(axis.values) > 1 else 0
+        return hp.quniform(axis.name, -0.5, len(axis.values) - 0.5, 1) if len(axis.values) > 1 else 0
     return hp.choice(axis.name, list(range(len(axis.values))))
 
 
@@ -248,6 +254,7 @@ class Proposer(Searcher):
         proposed: how many the journal holds already.
         seeds_used: config key -> runs it has had, from the journal.
         unfinished: proposals to continue first, as journalled.
+        on_resume: told (new trial id, the one it replaces) of each of them.
     """
 
     def __init__(
@@ -259,6 +266,7 @@ class Proposer(Searcher):
         proposed: int = 0,
         seeds_used: Mapping[str, int] | None = None,
         unfinished: Iterable[Event] = (),
+        on_resume: Callable[[str, str], None] = lambda trial, replaces: None,
     ):
         super().__init__(metric=plan.metric, mode=plan.objective.mode)
         self._plan = plan
@@ -268,12 +276,22 @@ class Proposer(Searcher):
         self._proposed = proposed
         self._seeds_used = dict(seeds_used or {})
         self._unfinished = deque(unfinished)
+        self._exhausted = False
+        self._on_resume = on_resume
         self._names: dict[str, str] = {}  # trial id -> the id the source knows it by
+        self._last: dict[str, tuple[float, float]] = {}  # trial id -> progress and value of its newest result
+
+    @property
+    def remaining(self) -> int:
+        """Configs that have not been handed out."""
+        return len(self._unfinished) + (0 if self._exhausted else self._plan.budget - self._proposed)
 
     def suggest(self, trial_id: str) -> Any:
         if self._unfinished:
             event = self._unfinished.popleft()
-            self._names[trial_id] = event["trial_first"]
+            if event["index"] >= 0:  # what PBT made is nothing the source knows
+                self._names[trial_id] = event["trial_first"]
+            self._on_resume(trial_id, event["trial"])
             self._on_event(
                 self._journal.write("resumed", trial=trial_id, config_key=event["config_key"], replaces=event["trial"])
             )
@@ -282,6 +300,7 @@ class Proposer(Searcher):
             return Searcher.FINISHED
         point = self._source.ask(trial_id)
         if point is None:
+            self._exhausted = True
             return Searcher.FINISHED
         self._names[trial_id] = trial_id
         config = self._plan.resolve(point)
@@ -307,11 +326,18 @@ class Proposer(Searcher):
         return _trial_config(event, config, 0)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._source.report(self._names[trial_id], result["progress"], result[self.metric])
+        if trial_id in self._names:
+            self._last[trial_id] = result["progress"], result[self.metric]
+            self._source.report(self._names[trial_id], *self._last[trial_id])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        outcome, value = outcome_of(result, error, self.metric)
-        self._source.tell(self._names[trial_id], outcome, value)
+        if trial_id in self._names:
+            tell_end(self._source, self._names.pop(trial_id), result, error, self.metric)
+
+    def abandon(self, trial_id: str) -> None:
+        """The trial goes on with another config (PBT): the proposed one counts as stopped where it stood."""
+        progress, value = self._last.get(trial_id, (0.0, math.nan))
+        self.on_trial_complete(trial_id, {"progress": progress, self.metric: value})
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: the journal is the searcher's state. Tune pickles its parts for a restore that is never used."""
@@ -332,18 +358,26 @@ def outcome_of(result: Mapping[str, Any] | None, error: bool, metric: str) -> tu
     return (COMPLETE if (result or {}).get("stop_reason") == "finished" else PRUNED), value
 
 
+def tell_end(source: Source, trial: str, result: Mapping[str, Any] | None, error: bool, metric: str) -> None:
+    """Tell a source how a trial ended. Tune keeps the result at which a trial was stopped from its searcher: a pruned
+    trial without it would say nothing, so it is told first."""
+    outcome, value = outcome_of(result, error, metric)
+    if outcome == PRUNED and result is not None and value is not None:
+        source.report(trial, result["progress"], value)
+    source.tell(trial, outcome, value)
+
+
 def _trial_config(event: Event, config: Config, reported: int) -> dict[str, Any]:
     """What the Tune trial holds; reports up to the epoch `reported` were journalled before and are not repeated."""
     return {
         "config_key": event["config_key"],
-        "label": event["label"],
         "point": dict(config.point),
         "values": dict(config.values),
         "program": config.program,
         "runs": dict(event["runs"]),
+        "parent": event.get("parent", {}),
         "epochs": config.epochs,
         "reports": [epoch for epoch in config.reports if epoch > reported],
-        "reported": reported,
     }
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from search_spaces.space import Point, Range, Space
+from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
 
 REDUCTION = 3
@@ -222,6 +222,15 @@ class SweepPlan:
             raise BadValue(f"there is no sweep '{folder.name}' in {folder.parent}: {path} does not exist") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
+
+
+def perturbable(space: Space, family: Family) -> list[Choice | Range]:
+    """Axes that PBT may perturb: those that set one hyper, always. Never the program: that would be another net."""
+    return [
+        axis
+        for axis in space.axes
+        if not isinstance(axis, Arms) and not axis.when and (axis.sets or axis.name) in family.hyper_fields
+    ]
 
 
 def clamp(space: Space, point: Point) -> Point:

@@ -27,7 +27,8 @@ class ConfigTrial(tune.Trainable):
         self._token = ""
         self._attach(config)
 
-    def _attach(self, config: dict[str, Any], parent: Mapping[int, tuple[str, int]] | None = None) -> None:
+    def _attach(self, config: dict[str, Any], after: int = 0) -> None:
+        """Take lanes for a config; reports up to the epoch `after` have been made before."""
         self._config = config
         self._told = 0
         self._worst: dict[str, float] = {}
@@ -41,11 +42,15 @@ class ConfigTrial(tune.Trainable):
             values=config["values"],
             config_key=config["config_key"],
             runs=runs,
-            reports=tuple(config["reports"]),
+            reports=tuple(epoch for epoch in config["reports"] if epoch > after),
             covariates=self._settings["covariates"],
-            parent=parent or {},
+            parent={int(seed): (key, epoch) for seed, (key, epoch) in config["parent"].items()},
         )
-        ray.get(self._host.attach.remote(job))
+        try:
+            ray.get(self._host.attach.remote(job))
+        except Exception:
+            self._pool.leave.remote(token)
+            raise
         self._token = token
 
     def step(self) -> dict[str, Any]:
@@ -59,44 +64,16 @@ class ConfigTrial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer: the states themselves are in the sweep's checkpoint store, written by the host."""
         ray.get(self._host.save.remote(self._token))
-        pointer = {"runs": self._config["runs"], "epoch": self._epoch, "config_key": self._config["config_key"]}
+        pointer = {"runs": self._config["runs"], "epoch": self._epoch}
         Path(checkpoint_dir, "pointer.json").write_text(json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
-        """Continue from where the pointer says: this config's own past, or (PBT) another's."""
+        """Attaching already took the newest states, or the parent's where PBT says so (`tuning.schedulers.Pbt`); what
+        a pause of Tune's adds is how far this config has reported."""
         pointer = json.loads(Path(checkpoint_dir, "pointer.json").read_text())
-        if pointer["config_key"] == self._config["config_key"]:
-            return  # attaching already took the newest checkpoint
-        donor = {
-            int(seed): (key, pointer["epoch"])
-            for seed, key in zip(self._config["runs"], pointer["runs"].values(), strict=True)
-        }
-        self._leave()
-        self._attach(self._exploited(pointer), donor)
-
-    def _exploited(self, pointer: Mapping[str, Any]) -> dict[str, Any]:
-        """The config that PBT made: the point it perturbed, resolved anew, continuing at the donor's epoch."""
-        from trainables.family import run_key
-        from tuning.sweep import SweepPlan, clamp
-
-        plan = SweepPlan.load(Path(self._settings["folder"]))
-        point = clamp(plan.space, self._config["point"])
-        config = plan.resolve(point)
-        lineage = f"{config.key}<{pointer['config_key']}@{pointer['epoch']}"
-        return {
-            **self._config,
-            "config_key": config.key,
-            "label": config.label,
-            "algorithm": config.algorithm,
-            "epochs": config.epochs,
-            "point": point,
-            "values": config.values,
-            "program": config.program,
-            "hyper": config.hyper,
-            "runs": {seed: run_key(lineage, int(seed)) for seed in self._config["runs"]},
-            "reports": [epoch for epoch in config.reports if epoch > pointer["epoch"]],
-            "exploited": True,
-        }
+        if pointer["runs"] == self._config["runs"]:
+            self._leave()
+            self._attach(self._config, after=pointer["epoch"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._leave()
@@ -117,6 +94,8 @@ def summarize(
     report: Report, config: Mapping[str, Any], settings: Mapping[str, Any], worst: dict[str, float]
 ) -> dict[str, Any]:
     """One Tune result of a report: means and spreads over seeds, a diverged seed counting as the worst value seen.
+
+    A config ends as `diverged` when more than half its seeds have, or when the objective is not finite.
 
     Args:
         report: of the host.
@@ -146,11 +125,12 @@ def summarize(
             mean = sum(numbers) / len(numbers)
             values[name] = mean
             spread[name] = math.sqrt(sum((x - mean) ** 2 for x in numbers) / max(1, len(numbers) - 1))
-    lost = diverged * 2 > len(report.seeds)
+    headline = values.get(settings["metric"], math.nan)
+    lost = diverged * 2 > len(report.seeds) or not math.isfinite(headline)
     done = report.done or lost
     reason = "diverged" if lost else "finished" if report.done else ""
     result = {
-        settings["metric"]: values.get(settings["metric"], math.nan),
+        settings["metric"]: headline,
         "values": values,
         "spread": spread,
         "per_seed": {
@@ -173,7 +153,4 @@ def summarize(
         "stop_reason": reason,
         "done": done,
     }
-    if config.get("exploited"):
-        made = ("label", "algorithm", "point", "values", "program", "hyper", "epochs")
-        result["config_made"] = {key: config[key] for key in made}
     return result

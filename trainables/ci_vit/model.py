@@ -12,7 +12,6 @@ without any effect on the logits. Here that gradient is exactly 0 and the key bi
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ class Layout:
     total: int
 
 
-@functools.lru_cache(maxsize=256)
 def layout(program: Program) -> Layout:
     depth, width, neurons = program.depth, program.width, program.neurons
     shapes: dict[str, tuple[int, ...]] = {

@@ -76,7 +76,8 @@ def silent_ages(ages: Tensor, fired: Tensor, inputs: int, epsilon: Tensor) -> Te
 def choose(program: Program, hyper: Hypers, statistics: Statistics, seen: Seen) -> tuple[Tensor, Statistics]:
     """The units to reset now, bool [depth, neurons], and the statistics carried on."""
     mask, carried = _RULES[program.algorithm](program, hyper, statistics, seen)
-    return mask, {**carried, "reset_count": statistics["reset_count"] + mask}
+    carried["reset_count"] = statistics["reset_count"] + mask
+    return mask, {name: carried[name] for name in statistics}  # in the old order: the compiler guards on it
 
 
 def _cbp(program: Program, hyper: Hypers, statistics: Statistics, seen: Seen) -> tuple[Tensor, Statistics]:

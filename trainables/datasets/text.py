@@ -6,7 +6,6 @@ shuffled, so that no held-out passage overlaps a training window.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +116,7 @@ def _documentation() -> bytes:
     compare within one Python version only.
     """
     try:
-        topics = importlib.import_module("pydoc_data.topics").topics
+        from pydoc_data.topics import topics
     except ImportError as error:
         raise BadValue(
             "this Python comes without pydoc_data (its help texts): install the full standard library, or give "

@@ -18,7 +18,7 @@ MINGPT: dict[str, Any] = {
 }
 
 
-def nanogpt(layers: int = 6, width: int = 384, length: int = 256) -> dict[str, Any]:
+def nanogpt(layers: int = 6, width: int = 384, heads: int = 6, length: int = 256) -> dict[str, Any]:
     """nanoGPT's GPT at any size: weights N(0, .02), those into the residual N(0, .02 / sqrt(2 layers)).
 
     Scales are told relative to this family's own formulas; see `.initials.matrix` and `.gpt.init_params`.
@@ -28,7 +28,7 @@ def nanogpt(layers: int = 6, width: int = 384, length: int = 256) -> dict[str, A
         "layers": layers,
         "width": width,
         "length": length,
-        "heads": 6,
+        "heads": heads,
         "norm": "layer",
         "norm_gain": True,
         "final_norm": True,
@@ -69,6 +69,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decay_steps": 5000.0,
         "steps_per_epoch": 250,
         "epochs": 20,
+    },
+    "nanogpt_cpu": {
+        # its README's "I only have a macbook": validation loss 1.88 after 2,000 steps
+        **nanogpt(layers=4, width=128, heads=4, length=64),
+        "data": "shakespeare",
+        "batch": 12,
+        "dropout_at": (),
+        "lr": 1e-3,
+        "final_fraction": 0.1,
+        "warmup": 100.0,
+        "decay_steps": 2000.0,
+        "steps_per_epoch": 250,
+        "epochs": 8,
     },
     "reconstruct": {
         # the notebook's first task: MNIST pixel by pixel, the image back from the last state

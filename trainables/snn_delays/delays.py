@@ -2,9 +2,9 @@
 
 One weight w has one delay: a bump of area w on the time axis of a kernel of K taps, centred at c = P + K // 2. The
 input is padded by K - 1 steps on the left and cross-correlated, so that c = K - 1 (P = K // 2, "right-most") is no
-delay and c = 0 a delay of K - 1 steps. Formulas (`Dcls1d`, `Dcls2_1d`) of
-github.com/K-H-Ismail/Dilated-Convolution-with-Learnable-Spacings-PyTorch; schedule of
-github.com/Thvnvtos/CSNN-1D-Delays (csnnext_delays.py, config.py).
+delay and c = 0 a delay of K - 1 steps. Formulas of `Dcls1d` and `Dcls2_1d`
+(github.com/K-H-Ismail/Dilated-Convolution-with-Learnable-Spacings-PyTorch); schedule of CSNN-1D-Delays
+(github.com/Thvnvtos/CSNN-1D-Delays: csnnext_delays.py, config.py).
 """
 
 from __future__ import annotations

@@ -25,24 +25,22 @@ DIV, FINAL_DIV, RISE = 25.0, 1e4, 0.3  # OneCycleLR's defaults
 BETA1_HIGH, BETA1_LOW = 0.95, 0.85
 
 
-def one_cycle(epochs: int) -> list[tuple[float, float]]:
-    """(learning rate / its maximum, beta1) of each epoch: torch's OneCycleLR(total_steps=epochs), a step an epoch.
+def one_cycle(epoch: Tensor, epochs: int) -> tuple[Tensor, Tensor]:
+    """Learning rate over its maximum, and beta1: torch's OneCycleLR(total_steps=epochs), a step an epoch.
 
-    With one epoch there is no cycle: the single epoch gets the schedule's end, as torch gives it.
+    Args:
+        epoch: epochs done, 0-d floating.
+        epochs: in the whole run. With one there is no cycle: it gets the schedule's end, as torch gives it.
     """
-    ends = (RISE * epochs - 1, epochs - 1)
-    low, last = 1 / DIV, 1 / DIV / FINAL_DIV
-    table = []
-    for epoch in range(epochs):
-        rising = epoch <= ends[0]
-        start, end = (0.0, ends[0]) if rising else ends
-        share = (epoch - start) / (end - start) if end > start else 0.0
-        wave = (1 + math.cos(math.pi * share)) / 2
-        if rising:
-            table.append((1 + (low - 1) * wave, BETA1_LOW + (BETA1_HIGH - BETA1_LOW) * wave))
-        else:
-            table.append((last + (1 - last) * wave, BETA1_HIGH + (BETA1_LOW - BETA1_HIGH) * wave))
-    return table
+    top, last = RISE * epochs - 1, epochs - 1
+    rising = epoch <= top
+    rise = epoch / top if top > 0 else torch.zeros_like(epoch)
+    share = torch.where(rising, rise, (epoch - top) / (last - top))
+    wave = (1 + torch.cos(math.pi * share)) / 2
+    low, end = 1 / DIV, 1 / DIV / FINAL_DIV
+    rate = torch.where(rising, 1 + (low - 1) * wave, end + (1 - end) * wave)
+    swing = (BETA1_HIGH - BETA1_LOW) * wave
+    return rate, torch.where(rising, BETA1_LOW + swing, BETA1_HIGH - swing)
 
 
 def sigmas(program: Program, hyper: Hypers, step: Tensor) -> Tensor:
@@ -91,11 +89,11 @@ def step(program: Program, state: State, hyper: Hypers, batch: Mapping[str, Tens
 def _update(program: Program, state: State, hyper: Hypers, grads: model.Tensors, count: Tensor):
     """Adam on the weights, Adam on the positions, positions clamped. Returns params, mu, nu."""
     params = state["params"]
-    epoch = torch.div(state["step"], schedule(program).steps_per_epoch, rounding_mode="floor").to(torch.int64)
-    table = torch.tensor(one_cycle(program.epochs), dtype=dtype_of(program), device=count.device)[epoch]
-    rate = hyper["lr"] * table[0]
-    beta1 = torch.where(hyper["momentum_cycle"] > 0.5, table[1], 0.9)
-    cosine = (1 + torch.cos(math.pi * epoch.to(dtype_of(program)) / program.epochs)) / 2
+    epoch = torch.div(state["step"], schedule(program).steps_per_epoch, rounding_mode="floor").to(dtype_of(program))
+    share, beta1 = one_cycle(epoch, program.epochs)
+    rate = hyper["lr"] * share
+    beta1 = torch.where(hyper["momentum_cycle"] > 0.5, beta1, 0.9)
+    cosine = (1 + torch.cos(math.pi * epoch / program.epochs)) / 2
     decayed = {
         name: grad + hyper["weight_decay"] * params[name] if model.is_weight(name) else grad
         for name, grad in grads.items()

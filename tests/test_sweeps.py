@@ -1,0 +1,213 @@
+"""Sweeps end to end, as processes: what they print, and that everything they leave on disk tells one story."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.toy_sweeps import UNDISTURBED, Swept, sweep
+
+FINISHED_COLUMNS = ("config", "test_loss", "± sd", "seeds", "epochs", "stop reason", "device time")
+
+
+def assert_consistent(swept: Swept) -> None:
+    """runs.parquet, epochs, steps and the journal agree with one another and with docs/storage.md."""
+    runs, epochs, steps = swept.runs.set_index("run_key"), swept.table("epochs"), swept.table("steps")
+    last = {}
+    for event in swept.events("report"):
+        for seed in event["per_seed"].values():
+            last[seed["run_key"]] = seed
+    keys = {key for event in swept.events("proposed") for key in event["runs"].values()}
+    assert set(runs.index) == keys
+    assert set(epochs.run_key) <= keys
+    for key, row in runs.iterrows():
+        mine, updates = epochs[epochs.run_key == key], steps[steps.run_key == key]
+        first = 0 if pd.isna(row.parent_epoch) else int(row.parent_epoch)
+        per_epoch = 6
+        reported = last[key]
+        assert (row.epoch, row.step) == (reported["epoch"], reported["step"])
+        assert set(range(first + 1, row.epoch + 1)) <= set(mine.epoch)
+        assert list(updates.step) == list(range(first * per_epoch + 1, int(updates.step.max()) + 1))
+        assert (mine.config_key == row.config_key).all()
+        assert (mine.seed == row.seed).all()
+        assert (mine.step == mine.epoch * per_epoch).all()
+        whole = updates[updates.step <= mine.epoch.max() * per_epoch]
+        means = whole.train_loss.to_numpy(np.float64).reshape(-1, per_epoch).mean(1)
+        np.testing.assert_allclose(mine.train_loss, means, rtol=1e-6)
+        if row.stop_reason != "diverged":
+            at_end = mine[mine.epoch == row.epoch].iloc[0]
+            assert row["final.test_loss"] == at_end.test_loss == reported["values"]["test_loss"]
+        assert row["best.test_loss"] <= row["final.test_loss"] or math.isnan(row["final.test_loss"])
+        assert row.stop_reason in ("finished", "stopped", "diverged", "cancelled")
+        assert (
+            (row.rung == row.epoch)
+            if row.stop_reason == "stopped"
+            else pd.isna(row.rung) or row.stop_reason == "diverged"
+        )
+        assert row.device_seconds > 0
+        assert row.device.endswith("@127.0.0.1"), "Ray on this machine listens to nobody else"
+        assert row.started_at <= row.ended_at
+    assert "Traceback" not in swept.log
+    assert "Failed to fetch metrics" not in swept.log
+
+
+def assert_only_what_was_promised(out: str) -> None:
+    """Progress lines, one table, three lines."""
+    lines = out.rstrip("\n").split("\n")
+    head = next(i for i, line in enumerate(lines) if line.startswith("config "))
+    for line in lines[:head]:
+        assert " done · " in line or " ... " in line, line
+    blank = lines.index("", head)
+    assert all(name in lines[head] for name in FINISHED_COLUMNS)
+    assert [line.split()[0] for line in lines[blank + 1 :]] == ["report", "MLflow", "resume"]
+
+
+def test_a_whole_sweep_prints_what_was_promised(undisturbed):
+    assert undisturbed.code == 0, undisturbed.err
+    assert undisturbed.err == ""
+    assert_only_what_was_promised(undisturbed.out)
+    assert str(undisturbed.folder.name) in undisturbed.out.splitlines()[-1]
+
+
+def test_a_whole_sweep_leaves_one_story(undisturbed):
+    assert_consistent(undisturbed)
+    kinds = [event["event"] for event in undisturbed.journal]
+    assert (kinds[0], kinds[-1]) == ("begin", "finish")
+    assert undisturbed.journal[-1]["reason"] == "done"
+    runs = undisturbed.runs
+    assert len(runs) == 12
+    assert set(runs.seed) == {0, 1}
+    assert {"finished", "stopped"} <= set(runs.stop_reason)
+    assert not [path for path in (undisturbed.folder / "checkpoints").glob("*") if path.is_dir()], (
+        "checkpoints of ended configs go"
+    )
+    assert (undisturbed.folder / "report" / "index.html").is_file()
+    plain = json.loads((undisturbed.folder / "sweep.json").read_text())
+    assert plain["scheduler"]["name"] == "asha"
+    assert plain["versions"]["ray"]
+
+
+def test_asha_in_a_sweep_decides_as_computed_by_hand(undisturbed):
+    seen: dict[float, list[float]] = {}
+    values = {}
+    for event in undisturbed.journal:
+        if event["event"] == "report":
+            values[event["trial"]] = (event["progress"], -event["values"]["test_loss"], event["done"])
+        elif event["event"] == "decision":
+            progress, value, done = values[event["trial"]]
+            rung = max(r for r in (1.0, 3.0, 9.0, 27.0) if r <= progress)
+            before = seen.setdefault(rung, [])
+            keep = not before or value >= np.percentile(before, 100 * 2 / 3)
+            before.append(value)
+            assert event["decision"] == ("STOP" if done or not keep else "CONTINUE")
+    assert len(seen[1.0]) == 6
+
+
+def decisions(swept: Swept) -> list[tuple]:
+    """What the sweep did, without times and trial ids."""
+    fields = ("event", "index", "config_key", "point", "runs", "epoch", "progress", "values", "decision", "stop_reason")
+    return [tuple(str(event.get(name)) for name in fields) for event in swept.journal if event["event"] != "begin"]
+
+
+def assert_same_curves(a: Swept, b: Swept) -> None:
+    for kind in ("steps", "epochs"):
+        drop = ["time"] if kind == "epochs" else []
+        pd.testing.assert_frame_equal(a.table(kind).drop(columns=drop), b.table(kind).drop(columns=drop))
+
+
+def test_model_based_search_with_lanes_diverging_configs_and_quiet(tmp_path):
+    """Optuna + ASHA, stacked, two lanes a device; one arm explodes."""
+    swept = sweep(
+        tmp_path, "lanes", "demo", "--trials", "8", "--lanes", "2", "--engine", "stacked", "--quiet",
+        "--space", "explode_at=10,1e9", "--seed", "3", "--covariates", "all",
+    )  # fmt: skip
+    assert (swept.code, swept.out, swept.err) == (0, "", "")
+    assert_consistent(swept)
+    runs = swept.runs
+    exploding = runs[runs["hyper.explode_at"] == 10]
+    assert len(exploding)
+    assert set(exploding.stop_reason) <= {"diverged", "stopped"}
+    assert "diverged" in set(exploding.stop_reason)
+    assert (exploding[exploding.stop_reason == "diverged"].step == 10).all()
+    assert "diverged" not in set(runs[runs["hyper.explode_at"] != 10].stop_reason)
+    assert set(runs.seed) >= {30_000, 30_001}
+    assert set(runs.engine) == {"stacked"}
+    assert runs.lanes.max() <= 2
+    assert len(list((swept.folder / "covariates").iterdir()))
+
+
+def test_population_based_training(tmp_path):
+    swept = sweep(
+        tmp_path, "pbt", "grid", "--scheduler", "pbt", "--searcher", "random", "--trials", "4", "--engine", "serial",
+        "--set", "epochs=10", "--space", "width=3,8", "--space", "lr=1e-4..0.3:log",
+    )  # fmt: skip
+    assert swept.code == 0, swept.err + swept.log
+    assert_consistent(swept)
+    assert_only_what_was_promised(swept.out)
+    runs = swept.runs.set_index("run_key")
+    copies = runs[runs.parent_run_key.notna()]
+    assert len(copies)
+    for _, row in copies.iterrows():
+        parent = runs.loc[row.parent_run_key]
+        assert row["program.width"] == parent["program.width"], "never another net than the parent's"
+        assert row.seed == parent.seed
+        assert row.parent_epoch <= parent.epoch
+        assert 1e-4 <= row["hyper.lr"] <= 0.3
+    assert (copies["hyper.lr"] != runs.loc[copies.parent_run_key]["hyper.lr"].to_numpy()).any()
+    ends = swept.events("end")
+    assert sum(event["stop_reason"] == "finished" for event in ends) == 4
+    assert len(swept.events("proposed")) == len(ends) == 4 + len(copies) // 2
+    assert len([e for e in swept.events("decision") if e["decision"] == "EXPLOIT"]) == len(copies) // 2
+    reported = [(event["trial"], event["config_key"], event["epoch"]) for event in swept.events("report")]
+    assert len(reported) == len(set(reported)), "a pause repeats no report"
+
+
+# --- more pairs and flags ---
+
+
+@pytest.mark.heavy
+def test_the_same_command_twice_is_the_same_sweep(tmp_path, undisturbed):
+    again = sweep(tmp_path, "again", *UNDISTURBED)
+    assert decisions(again) == decisions(undisturbed)
+    assert_same_curves(again, undisturbed)
+    other = sweep(tmp_path, "other", *UNDISTURBED, "--seed", "1")
+    assert not set(other.runs.run_key) & set(undisturbed.runs.run_key)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("searcher", "scheduler"),
+    [("optuna", "asha"), ("hyperopt", "median"), ("qmc", "none"), ("random", "median"), ("optuna", "pbt")],
+)
+def test_proposals_and_decisions_repeat(tmp_path, searcher, scheduler):
+    arguments = (
+        "demo", "--trials", "8", "--searcher", searcher, "--scheduler", scheduler, "--engine", "serial",
+        "--max-concurrent", "1",
+    )  # fmt: skip
+    first, second = (sweep(tmp_path, name, *arguments) for name in ("first", "second"))
+    for swept in (first, second):
+        assert swept.code == 0, swept.err
+        assert_consistent(swept)
+    assert decisions(first) == decisions(second)
+    assert_same_curves(first, second)
+
+
+@pytest.mark.heavy
+def test_lanes_off_is_serial(tmp_path):
+    swept = sweep(tmp_path, "off", "grid", "--lanes", "off")
+    assert_consistent(swept)
+    assert set(swept.runs.engine) == {"serial"}
+
+
+@pytest.mark.heavy
+def test_a_time_budget_ends_the_sweep_and_resume_goes_on(tmp_path):
+    arguments = ("grid", "--set", "epochs=1000", "--engine", "serial", "--max-concurrent", "1")
+    swept = sweep(tmp_path, "short", *arguments, "--time-budget", "8")
+    assert swept.code == 0, swept.err
+    assert swept.journal[-1]["reason"] == "time budget"
+    assert "cancelled" in set(swept.runs.stop_reason)
+    assert_only_what_was_promised(swept.out)

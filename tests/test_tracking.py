@@ -1,0 +1,143 @@
+"""MLflow gets what is on disk: the tree, tags, params, summaries and curves; twice is as good as once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from mlflow import MlflowClient
+
+import tuning.sync
+from tests.toy_sweeps import ROOT
+from trainables.family import BadValue
+
+_TAGS = "family sweep algorithm config_key run_key seed stop_reason engine lanes device device_seconds git_commit"
+LISTED = (*_TAGS.split(), "git_dirty")
+
+
+def tree_of(uri: str) -> dict[str, list]:
+    client = MlflowClient(uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tests.toys.regression/grid"]
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    return {kind: [run for run in runs if run.data.tags.get("kind") == kind] for kind in ("sweep", "config", "run")}
+
+
+def contents(uri: str) -> dict[str, tuple]:
+    """Everything that a second delivery could have changed."""
+    client = MlflowClient(uri)
+    return {
+        run.info.run_id: (
+            run.info.status,
+            sorted(run.data.params.items()),
+            sorted((k, v) for k, v in run.data.tags.items()),
+            {
+                name: [(p.step, p.value, p.timestamp) for p in client.get_metric_history(run.info.run_id, name)]
+                for name in run.data.metrics
+            },
+        )
+        for runs in tree_of(uri).values()
+        for run in runs
+    }
+
+
+@pytest.fixture(scope="module")
+def uri(undisturbed) -> str:
+    return f"sqlite:///{undisturbed.folder.parent / 'mlflow.db'}"
+
+
+def test_the_tree_is_sweep_config_run(undisturbed, uri):
+    tree = tree_of(uri)
+    assert {kind: len(runs) for kind, runs in tree.items()} == {"sweep": 1, "config": 6, "run": 12}
+    (top,) = tree["sweep"]
+    assert "mlflow.parentRunId" not in top.data.tags
+    assert top.info.status == "FINISHED"
+    assert {run.data.tags["mlflow.parentRunId"] for run in tree["config"]} == {top.info.run_id}
+    config_of = {run.data.tags["config_key"]: run.info.run_id for run in tree["config"]}
+    for run in tree["run"]:
+        assert run.data.tags["mlflow.parentRunId"] == config_of[run.data.tags["config_key"]]
+        assert run.info.status == "FINISHED"
+
+
+def test_tags_params_and_summaries_are_the_runs_table_s(undisturbed, uri):
+    table = undisturbed.runs.set_index("run_key")
+    tree = tree_of(uri)
+    for run in tree["run"]:
+        row = table.loc[run.data.tags["run_key"]]
+        assert set(LISTED) <= set(run.data.tags)
+        assert run.data.tags["stop_reason"] == row.stop_reason
+        assert run.data.tags["seed"] == str(row.seed)
+        assert float(run.data.tags["device_seconds"]) == pytest.approx(row.device_seconds, abs=1e-3)
+        assert run.data.params["lr"] == str(row["hyper.lr"])
+        assert run.data.params["width"] == str(row["program.width"])
+        for name in ("final", "best"):
+            assert run.data.metrics[f"{name}/test_loss"] == row[f"{name}.test_loss"]
+    for run in tree["config"]:
+        rows = table[table.config_key == run.data.tags["config_key"]]
+        assert run.data.metrics["seeds"] == len(rows)
+        assert run.data.metrics["final/test_loss"] == pytest.approx(rows["final.test_loss"].mean())
+        assert run.data.metrics["final/test_loss_sd"] == pytest.approx(rows["final.test_loss"].std())
+        assert set(LISTED) - {"run_key", "seed"} <= set(run.data.tags)
+    assert tree["sweep"][0].data.metrics["best/test_loss"] == table["final.test_loss"].min()
+
+
+def test_curves_are_the_parquet_s(undisturbed, uri):
+    client, epochs = MlflowClient(uri), undisturbed.table("epochs")
+    for run in tree_of(uri)["run"]:
+        rows = epochs[epochs.run_key == run.data.tags["run_key"]]
+        for name in ("test_loss", "train_loss"):
+            points = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, name))
+            assert points == list(zip(rows.epoch, rows[name], strict=True))
+
+
+def test_the_sweep_run_holds_the_artifacts(undisturbed, uri):
+    client = MlflowClient(uri)
+    (top,) = tree_of(uri)["sweep"]
+    names = {item.path for item in client.list_artifacts(top.info.run_id)}
+    assert {"sweep.json", "runs.parquet", "epochs", "steps"} <= names
+
+
+def test_delivering_again_changes_nothing_even_if_the_place_is_forgotten(undisturbed, uri):
+    before = contents(uri)
+    tuning.sync.deliver(undisturbed.folder)
+    assert contents(uri) == before
+    (undisturbed.folder / "tracking.json").unlink()
+    tuning.sync.deliver(undisturbed.folder)
+    assert contents(uri) == before
+
+
+def test_a_server_that_is_away_costs_a_delay(undisturbed, uri, tmp_path, monkeypatch):
+    folder = tmp_path / "sweeps" / undisturbed.folder.name
+    shutil.copytree(undisturbed.folder, folder)
+    (folder / "tracking.json").unlink()
+    plain = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**plain, "tracking_uri": "http://127.0.0.1:9"}))
+    monkeypatch.setattr(tuning.sync, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(tuning.sync, "FOLLOW_SECONDS", 0.01)
+    with pytest.raises(BadValue, match="delivers it later"):
+        tuning.sync.deliver(folder)
+    there = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (folder / "sweep.json").write_text(json.dumps({**plain, "tracking_uri": there}))
+    command = [sys.executable, "-m", "tuning.sync", folder.name, "--storage", str(folder.parent)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "delivered" in done.stdout
+    mine, other = (
+        sorted(str(value[1:]) for value in contents(u).values() if "seed" in str(value)) for u in (there, uri)
+    )
+    assert len(mine) == len(other) == 19
+    curves = [
+        sorted(str(run[3].get("test_loss")) for run in contents(u).values() if "test_loss" in run[3])
+        for u in (there, uri)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_sweep_that_does_not_exist_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "tuning.sync", "nothing", "--storage", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
