@@ -1,0 +1,193 @@
+"""What lanewise costs around the training, against bare Ray Tune on the same trials: `python benchmarks/overhead.py`.
+
+Two jobs, each done by both, one after the other in fresh processes on the same machine, start-up included:
+
+* trivial: 40 configs of a few steps, so that everything but training is what is measured;
+* demo: 16 configs of the ci_vit demo's programs, trained to the end (no pruning), 2 seeds each.
+
+The baseline is what a careful user writes: a class Trainable with reused actors, one trial a core, Tune's loggers off,
+the family's own step in plain calls (the serial engine), all seeds of a config in one trial. It writes no curves, no
+checkpoints and no MLflow runs; lanewise does all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"data": "digits", "tasks": 2, "epochs_per_task": 1, "depth": 1, "hidden": 6, "batch": 50}
+JOBS: dict[str, dict[str, Any]] = {
+    "trivial": {"base": TINY, "axes": {"lr": [10 ** (-1 - i / 13) for i in range(40)]}, "seeds": 1},
+    "demo": {
+        "base": {},
+        "axes": {"algorithm": ["vanilla", "cbp", "snr_v2", "shrink_perturb"], "lr": [1e-2, 3e-3, 1e-3, 3e-4]},
+        "seeds": 2,
+    },
+}
+
+
+def main(
+    job: Annotated[str, typer.Option(help="trivial or demo; default: both")] = "",
+    out: Annotated[Path, typer.Option(help="table, as Markdown")] = ROOT / "benchmarks" / "results" / "overhead.md",
+    side: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Run both sides of each job and write the table."""
+    if side == "tune":
+        bare_tune(JOBS[job])
+        return
+    rows = []
+    for name in [job] if job else list(JOBS):
+        rows.append((name, *measure(name)))
+    text = table(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    print(text)
+
+
+def demo_base() -> dict[str, Any]:
+    """The program of the demo sweep."""
+    from search_spaces.ci_vit import SWEEPS
+
+    return dict(SWEEPS.find("demo").base)
+
+
+def fields(job: dict[str, Any]) -> dict[str, Any]:
+    return {**(job["base"] or demo_base())}
+
+
+def measure(name: str) -> tuple[int, int, float, float, dict[str, float]]:
+    """(configs, runs, seconds of bare Tune, seconds of lanewise, where lanewise's went)."""
+    job = JOBS[name]
+    configs = 1
+    for values in job["axes"].values():
+        configs *= len(values)
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "--job", name, "--side", "tune"], check=True, env=environment())
+    bare = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory() as storage:
+        command = [
+            sys.executable,
+            str(ROOT / "tune_ci_vit.py"),
+            "lr",
+            "--quiet",
+            "--name",
+            "bench",
+            "--storage",
+            storage,
+        ]
+        command += ["--scheduler", "none", "--searcher", "grid", "--seeds", str(job["seeds"])]
+        for axis, values in job["axes"].items():
+            command += ["--space", f"{axis}={','.join(map(str, values))}"]
+        base = {"depth": 3, "train_acc_after": "false", **fields(job)}
+        for field, value in base.items():
+            command += ["--set", f"{field}={value}"]
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, env=environment())
+        ours = time.perf_counter() - begun
+        seconds = json.loads((Path(storage) / "bench" / "timing.json").read_text())
+    return configs, configs * job["seeds"], bare, ours, seconds
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def bare_tune(job: dict[str, Any]) -> None:
+    """The baseline: stock Ray Tune, reused actors, one trial a core."""
+    os.environ.update(RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
+    import ray
+    from ray import tune
+
+    cores = os.cpu_count() or 1
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    space = {name: tune.grid_search(values) for name, values in job["axes"].items()}
+    with tempfile.TemporaryDirectory() as storage:
+        trainable = tune.with_parameters(plain_trial(), base=fields(job), seeds=job["seeds"])
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 1}),
+            param_space=space,
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=cores),
+            run_config=tune.RunConfig(storage_path=storage, name="bare", verbose=0),
+        )
+        failed = [result.error for result in tuner.fit() if result.error]
+    ray.shutdown()
+    if failed:
+        raise failed[0]
+
+
+def plain_trial() -> type:
+    from ray import tune
+
+    class PlainTrial(tune.Trainable):
+        """All seeds of a config, one after the other, to the end."""
+
+        def setup(self, config: dict[str, Any], base: Any = None, seeds: int = 1) -> None:
+            import torch
+
+            from lanes.engine import put
+            from trainables.family import load_family
+            from tuning.runner import cache_dir
+
+            torch.set_num_threads(1)
+            self.family, self.base, self.seeds, self.values = load_family("ci_vit"), base, seeds, config
+            program, _ = self.family.build({**base, **config})
+            self.arrays = put(self.family.load(program, None, cache_dir()), "cpu")
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.values = new_config
+            return True
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            """Nothing: Tune asks at the end of every trial."""
+
+        def step(self) -> dict[str, Any]:
+            from lanes.serial import SerialEngine
+
+            program, hyper = self.family.build({**self.base, **self.values})
+            results = []
+            for seed in range(self.seeds):
+                engine = SerialEngine(self.family, program, self.arrays)
+                engine.insert("run", hyper, seed)
+                for _ in range(engine.schedule.epochs):
+                    engine.advance(engine.schedule.steps_per_epoch)
+                    results.append(engine.evaluate(["run"])["run"]["test_acc"])
+            return {"test_acc": results[-1], "done": True}
+
+    return PlainTrial
+
+
+def table(rows: list[tuple[str, int, int, float, float, dict[str, float]]]) -> str:
+    from tuning.provenance import versions
+
+    shown = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("python", "ray", "torch"))
+    lines = [
+        "# Overhead against bare Ray Tune",
+        "",
+        f"`python {' '.join(['benchmarks/overhead.py', *sys.argv[1:]])}` on {os.cpu_count()} cores; {shown}.",
+        "Wall seconds of whole processes, start-up included; what each side does is in the script's docstring.",
+        "",
+        "| job | configs | runs | bare Tune s | lanewise s | ratio | configs/min bare | configs/min lanewise |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, configs, runs, bare, ours, _ in rows:
+        lines.append(
+            f"| {name} | {configs} | {runs} | {bare:.1f} | {ours:.1f} | {ours / bare:.2f} | {60 * configs / bare:.1f} "
+            f"| {60 * configs / ours:.1f} |"
+        )
+    lines += ["", "Where lanewise's seconds went:", ""]
+    for name, _, _, _, _, seconds in rows:
+        lines.append(f"* {name}: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items()))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
