@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.test_command_line import plan_of
 from tuning.checkpoints import CheckpointStore
 from tuning.curves import CurveWriter, metadata
 from tuning.journal import Journal, read
+from tuning.progress import Progress
+from tuning.recorder import Recorder
 from tuning.runs import RunTable
 
 METRICS = {"loss": {"unit": "nats", "mode": "min", "doc": "d"}, "acc": {"unit": "fraction", "mode": "max", "doc": "d"}}
@@ -279,3 +283,58 @@ def test_runs_parquet_has_the_documented_columns(tmp_path):
     assert str(read_back.schema.field("program.width").type) == "int64"
     assert str(read_back.schema.field("started_at").type) == "timestamp[ms, tz=UTC]"
     assert read_back["final.acc"].to_pylist() == [0.5, 0.6, None]
+
+
+# --- the recorder ---
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    plan = plan_of("grid", storage=tmp_path, name="s", scheduler="pbt")
+    plan.folder.mkdir()
+    progress = Progress(None, plan.budget, plan.metric, "min")
+    journal = Journal(plan.folder / "journal.jsonl")
+    made = Recorder(plan, journal, RunTable(plan.to_plain()), progress)
+    made.progress, made.path = progress, plan.folder / "journal.jsonl"  # type: ignore[attr-defined]
+    return made
+
+
+def result_of(epoch: int, runs=("r0", "r1"), key="c1") -> dict:
+    seeds = report("t2", epoch, (0.5, 0.6), runs=runs)["per_seed"]
+    for seed in seeds.values():
+        seed["values"] = {"test_loss": 0.5}
+    fields = {"values": {"test_loss": 0.5}, "spread": {}, "per_seed": seeds, "engine": "serial", "lanes": 2}
+    return {**fields, "device": "cpu:0", "done": False, "epoch": epoch, "progress": float(epoch), "config_key": key}
+
+
+def test_a_copy_follows_the_decision_that_made_it_even_in_a_resumed_trial(recorder):
+    resumed = {"event": "resumed", "time": NOW, "trial": "t2", "config_key": "c1", "replaces": "t1"}
+    for event in (proposed(), resumed):
+        recorder.apply(event)
+    abandoned: list = []
+    recorder.on_abandon = abandoned.append
+    trial = SimpleNamespace(trial_id="t2", last_result=None, config={"config_key": "c1"})
+    made = proposed("t2", "c2", {"0": "p0", "1": "p1"}, parent={"0": ["d0", 4], "1": ["d1", 4]})
+    recorder.on_exploit("t2", made)
+    recorder.on_decision(trial, {}, "NOOP")
+    recorder.on_trial_result(0, [], trial, result_of(5))
+    events = [event for event, _ in read(recorder.path)]
+    assert [event["event"] for event in events] == ["report", "decision", "end", "proposed"]
+    assert events[1]["decision"] == "EXPLOIT"
+    assert (events[2]["config_key"], events[2]["stop_reason"]) == ("c1", "stopped")
+    assert (events[3]["index"], events[3]["config_key"], events[3]["parent"]["0"]) == (-1, "c2", ["d0", 4])
+    assert abandoned == ["t2"]
+    assert dict(recorder.progress.ended) == {}, "the trial goes on"
+
+
+def test_a_trial_that_the_time_budget_ended_has_no_end_yet(recorder):
+    recorder.apply(proposed())
+    trial = SimpleNamespace(trial_id="t1", last_result=result_of(3), config={"config_key": "c1"})
+    recorder.on_decision(trial, {}, "CONTINUE")
+    recorder.on_trial_result(0, [], trial, result_of(3))
+    recorder.on_trial_complete(0, [], trial)
+    assert [event["event"] for event, _ in read(recorder.path)] == ["report", "decision"]
+    recorder.on_decision(trial, {}, "STOP")
+    recorder.on_trial_result(0, [], trial, result_of(4))
+    recorder.on_trial_complete(0, [], trial)
+    assert [event["event"] for event, _ in read(recorder.path)][2:] == ["report", "decision", "end"]

@@ -53,6 +53,7 @@ def assert_consistent(swept: Swept) -> None:
         assert row.started_at <= row.ended_at
     assert "Traceback" not in swept.log
     assert "Failed to fetch metrics" not in swept.log
+    assert "MLflow is away" not in swept.log
 
 
 def assert_only_what_was_promised(out: str) -> None:

@@ -7,13 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from mlflow import MlflowClient
 
 import tuning.sync
+from search_spaces.space import Choice, Space
+from tests.test_command_line import plan_of
 from tests.toy_sweeps import ROOT
 from trainables.family import BadValue
+from tuning.journal import Journal
+from tuning.runner import write_sweep_json
+from tuning.searchers import Proposer, make_source
 
 _TAGS = "family sweep algorithm config_key run_key seed stop_reason engine lanes device device_seconds git_commit"
 LISTED = (*_TAGS.split(), "git_dirty")
@@ -134,6 +140,23 @@ def test_a_server_that_is_away_costs_a_delay(undisturbed, uri, tmp_path, monkeyp
         for u in (there, uri)
     ]
     assert curves[0] == curves[1]
+
+
+def test_a_config_proposed_again_is_one_config_with_more_runs(tmp_path):
+    plan = replace(
+        plan_of("grid", storage=tmp_path, name="twice"), space=Space((Choice("lr", (0.1, 0.2)),)), searcher="random",
+        trials=5,
+    )  # fmt: skip
+    write_sweep_json(plan, ROOT)
+    journal = Journal(plan.folder / "journal.jsonl")
+    proposer = Proposer(plan, make_source(plan), journal, lambda event: None)
+    for i in range(5):
+        proposer.suggest(f"t{i}")
+    journal.close()
+    tuning.sync.deliver(plan.folder)
+    tree = tree_of(plan.tracking_uri)
+    assert {kind: len(runs) for kind, runs in tree.items()} == {"sweep": 1, "config": 2, "run": 7}
+    assert {run.data.params["lr"] for run in tree["config"]} == {"0.1", "0.2"}
 
 
 def test_a_sweep_that_does_not_exist_is_one_line(tmp_path):

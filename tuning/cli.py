@@ -266,10 +266,11 @@ def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
         print(f"interrupted; continue with: {_resume_command(plan)}", file=sys.stderr)
         return 130
     except Exception as error:
-        log_file = _shown(plan.folder / "log.txt")
+        # Tune's own errors are whole tracebacks; those are in the log
+        why = (str(error).strip().splitlines() or ["no message"])[-1].strip()
         print(
-            f"the sweep failed ({type(error).__name__}: {error}): see {log_file}; continue with: "
-            f"{_resume_command(plan)}".replace("\n", " "),
+            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; continue with: "
+            f"{_resume_command(plan)}",
             file=sys.stderr,
         )
         return 1

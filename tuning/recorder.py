@@ -46,7 +46,7 @@ class Recorder(Callback):
 
     def apply(self, event: Event) -> None:
         """Take an event into the table and the progress line."""
-        if event["event"] == "proposed":
+        if event["event"] in ("proposed", "resumed"):
             self._config_of[event["trial"]] = event["config_key"]
         self._table.apply(event)
         self._progress.apply(event)

@@ -94,8 +94,9 @@ class Tracker:
         new_parts, logged = self._new_points()
         for run_id, content in self._pending.items():
             metrics = [Metric(*entry) for entry in content["metrics"]]
-            params = [Param(key, str(value)[:6000]) for key, value in content["params"]]
-            tags = [RunTag(key, str(value)[:8000]) for key, value in content["tags"]]
+            # a config that was proposed again has its params twice: MLflow takes each name once a call
+            params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
+            tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
             sent += len(metrics)
             for metric_part, param_part, tag_part in _batches(metrics, params, tags):
                 self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
