@@ -7,12 +7,15 @@ serial engine, uncompiled: the family's own step in ordinary PyTorch calls.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
 from lanes.engine import put
 from lanes.probe import make_engine

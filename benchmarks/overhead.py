@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script is imported from its own folder; the packages stand one above
 TINY = {"data": "digits", "tasks": 2, "epochs_per_task": 1, "depth": 1, "hidden": 6, "batch": 50}
 JOBS: dict[str, dict[str, Any]] = {
     "trivial": {"base": TINY, "axes": {"lr": [10 ** (-1 - i / 13) for i in range(40)]}, "seeds": 1},

@@ -52,7 +52,8 @@ class GraphedSteps:
         if length not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool):  # captured, not run: nothing changes
+            # captured, not run: nothing changes. thread_local: the thread that works out orders may touch the GPU meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = torch.stack([self._step() for _ in range(length)])
             self._pool = self._pool or graph.pool()
             self._graphs[length] = graph, out
