@@ -52,7 +52,7 @@ class GraphedSteps:
         if length not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            # captured, not run: nothing changes. thread_local: the thread that works out orders may touch the GPU meanwhile
+            # captured, not run: nothing changes; thread_local: the thread that works out orders may use the GPU too
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = torch.stack([self._step() for _ in range(length)])
             self._pool = self._pool or graph.pool()
