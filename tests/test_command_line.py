@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -265,3 +266,13 @@ def test_help_tells_every_flag_and_its_default(capfd):
     for flag in names.split():
         assert f"--{flag}" in out
     assert "LANEWISE_DATA" in out
+
+
+@pytest.mark.parametrize("family", ["ci_vit", "vgg_decay", "multi_neuron", "snn_delays", "dln"])
+def test_all_covariates_of_every_family(family):
+    plan = resolve(import_module(f"search_spaces.{family}").SWEEPS, None, **{**FLAGS, "covariates": "all"})
+    known = load_family(family).covariates
+    assert plan.covariates == (known or ("all",))
+    if known:
+        program, _ = plan.loaded.build(plan.reference.values)
+        assert program.covariates == known

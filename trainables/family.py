@@ -140,6 +140,8 @@ class Family:
         summarize: (program, {metric: float array [epochs so far]}) -> {name: float}. The curves hold the mean over each
             epoch of what `step` returned and the results of `evaluate`. Must contain `headline`.
         validate: (program) -> None, raising `BadValue` where fields contradict one another.
+        covariates: names of what can be recorded beside the metrics, where the program has a field `covariates` to
+            choose among them; without one, `inspect` records all it has or nothing.
         presets: name -> program and hyper fields to start from (`--set preset=...`).
         cases: small programs, one or more for every method.
     """
@@ -160,6 +162,7 @@ class Family:
     inspect: Callable[[Any, State, Hypers], dict[str, Tensor]] = no_covariates
     summarize: Callable[[Any, Mapping[str, np.ndarray]], dict[str, float]] = last_values
     validate: Callable[[Any], None] = accept
+    covariates: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Mapping[str, Case] = field(default_factory=dict)
 

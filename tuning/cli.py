@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
-from trainables.family import BadValue, load_family
+from trainables.family import BadValue, Family, load_family
 from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
 from tuning.sweep import SweepPlan, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
@@ -206,7 +206,7 @@ def resolve(
         searcher=searcher,
         scheduler=scheduler or chosen.scheduler,
         metric=objective,
-        covariates=_covariates(covariates, chosen),
+        covariates=_covariates(covariates, chosen, family),
         engine=engine,
         lanes=lanes,
         storage=storage,
@@ -233,10 +233,18 @@ def resolve(
     return plan
 
 
-def _covariates(flag: str | None, chosen: Sweep) -> tuple[str, ...]:
+def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, ...]:
+    """Names that the family records; ("all",) for one that offers no choice."""
     if flag is None:
         return chosen.covariates
-    return () if flag == "none" else tuple(part.strip() for part in flag.split(",") if part.strip())
+    if flag == "all":
+        return family.covariates or ("all",)
+    names = () if flag == "none" else tuple(part.strip() for part in flag.split(",") if part.strip())
+    for name in names:
+        if name not in family.covariates:
+            known = ", ".join((*family.covariates, "all", "none"))
+            raise BadValue(f"--covariates {name} is nothing {family.name} records; it has: {known}")
+    return names
 
 
 def _at_least(flag: str, value: float | None, low: int) -> None:

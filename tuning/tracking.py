@@ -68,7 +68,9 @@ class Tracker:
         if experiment is None:
             uri = self._plain["tracking_uri"]
             location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
-            self._experiment = self._client.create_experiment(name, artifact_location=location)
+            # the tag opens MLflow's page for training runs; without it version 3 takes an experiment for a GenAI one
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            self._experiment = self._client.create_experiment(name, artifact_location=location, tags=kind)
         else:
             self._experiment = experiment.experiment_id
         self._find_runs()
@@ -225,7 +227,7 @@ class Tracker:
                 "run",
                 key,
                 config,
-                f"{event['label']} seed {seed}",
+                f"seed {seed} · {event['label']}",
                 {
                     "algorithm": event["algorithm"],
                     "config_key": event["config_key"],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trainables.ci_vit import learning, stream
-from trainables.ci_vit.program import MAX_DEPTH, PRESETS, Hyper, Program, schedule, validate
+from trainables.ci_vit.program import COVARIATES, MAX_DEPTH, PRESETS, Hyper, Program, schedule, validate
 from trainables.family import Case, Family, Metric
 
 
@@ -112,6 +112,7 @@ FAMILY = Family(
     inspect=learning.inspect,
     summarize=summarize,
     validate=validate,
+    covariates=COVARIATES,
     presets=PRESETS,
     cases=CASES,
 )

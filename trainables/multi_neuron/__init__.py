@@ -75,6 +75,7 @@ FAMILY = Family(
     inspect=inspect,
     summarize=summarize,
     validate=validate,
+    covariates=COVARIATES,
     presets=PRESETS,
     cases=CASES,
 )

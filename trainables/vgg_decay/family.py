@@ -19,7 +19,16 @@ from trainables.vgg_decay.augment import augmented, normalise
 from trainables.vgg_decay.cases import CASES
 from trainables.vgg_decay.model import forward_eval, forward_train, init_params, init_running
 from trainables.vgg_decay.presets import PRESETS
-from trainables.vgg_decay.program import Hyper, Program, asked, has_short_batch, sizes, steps_per_epoch, validate
+from trainables.vgg_decay.program import (
+    COVARIATES,
+    Hyper,
+    Program,
+    asked,
+    has_short_batch,
+    sizes,
+    steps_per_epoch,
+    validate,
+)
 
 
 def init(program: Program, hyper: Hypers, seed: Tensor) -> State:
@@ -163,6 +172,7 @@ METRICS = {
 }
 
 FAMILY: Family = Family(
+    covariates=COVARIATES[:-1],
     name="vgg_decay",
     Program=Program,
     Hyper=Hyper,
