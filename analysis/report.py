@@ -135,7 +135,7 @@ def facts(sweep: Sweep, runs: pd.DataFrame) -> list[tuple[str, str]]:
     reasons = runs["stop_reason"].value_counts()
     scheduler = info.get("scheduler") or {}
     grace, factor = scheduler.get("grace"), scheduler.get("reduction_factor")
-    rule = str(scheduler.get("name", "none")) + (f" (grace {grace}, factor {factor})" if grace else "")
+    rule = str(scheduler.get("name", "none")) + (f" (grace {grace}, factor {factor})" if factor else "")
     git = info.get("git") or {}
     lines = [
         ("sweep", f"{info.get('sweep', sweep.name)} of {sweep.family}"),
