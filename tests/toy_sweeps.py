@@ -59,13 +59,13 @@ class Swept:
 class Process:
     """A tune command in the background, everything it starts marked by its environment."""
 
-    def __init__(self, storage: Path, name: str, *arguments: str):
+    def __init__(self, storage: Path, name: str, *arguments: str, module: str = "tests.toys.tune_toy"):
         self.folder = storage / name
         self._mark = uuid.uuid4().hex
         self._ray = tempfile.mkdtemp(prefix="lw")  # short: Ray's sockets live below it
         named = () if "--resume" in arguments else ("--name", name)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.toys.tune_toy", *arguments, *named, "--storage", str(storage)],
+            [sys.executable, "-m", module, *arguments, *named, "--storage", str(storage)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -94,18 +94,22 @@ class Process:
         """Ctrl-C: SIGINT to the terminal's whole process group."""
         os.killpg(self._process.pid, signal.SIGINT)
 
+    def kill_one(self, title: str) -> None:
+        """SIGKILL one of the processes it started, by the beginning of its title."""
+        next(process for process in self._alive() if " ".join(process.cmdline()).startswith(title)).kill()
+
     def left(self, seconds: float = 60) -> list[str]:
         """Command lines of what it started and is still there after it had time to go."""
         deadline = time.monotonic() + seconds
         while (alive := list(self._alive())) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return alive
+        return [" ".join(process.cmdline()) for process in alive if process.is_running()]
 
-    def _alive(self) -> Iterator[str]:
+    def _alive(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("LANEWISE_TEST_MARK") == self._mark and process.status() != "zombie":
-                    yield " ".join(process.cmdline())
+                    yield process
 
 
 def sweep(storage: Path, name: str, *arguments: str) -> Swept:

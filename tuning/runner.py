@@ -30,6 +30,10 @@ TRIAL_CPUS = 0.2
 """Share of a node's processors that all trials together may hold; hosts hold the rest."""
 
 
+LOST_PROCESSES = 10
+"""How often Tune tries a trial again whose process or node died; what a family raises is no failure of Tune's."""
+
+
 @dataclass
 class Outcome:
     """How a sweep ended, and where its time went (seconds)."""
@@ -156,7 +160,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         )
         pool = (
             ray.remote(Pool)
-            .options(num_cpus=0)
+            .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
             .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
         )
         if plan.scheduler == "pbt":
@@ -213,7 +217,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 storage_path=str(plan.folder / "ray"),
                 verbose=0,
                 callbacks=[recorder],
-                failure_config=tune.FailureConfig(max_failures=0),
+                failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
             ),
         )
         begun = time.monotonic()
@@ -233,6 +237,13 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         return interrupted, list(table.rows.values()), recorder.results
     finally:
         ray.shutdown()
+
+
+def _beside_the_driver() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
