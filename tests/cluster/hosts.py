@@ -36,7 +36,7 @@ set -e
 cd /
 mount --rbind $ROOM/home "$HOME"
 mount --rbind $ROOM/tmp /tmp
-mount -t tmpfs -o size=4g,mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o size=12g,mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/sshd
 install -m 600 $BASE/hostkey /run/hostkey
@@ -121,7 +121,11 @@ class Hosts:
             with contextlib.suppress(OSError):
                 if folder.name.isdigit() and os.readlink(folder / "ns/pid") == namespace:
                     line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    if line and int(folder.name) != self._first[name] and not line.startswith(("sshd:", "/usr/sbin/sshd")):
+                    if (
+                        line
+                        and int(folder.name) != self._first[name]
+                        and not line.startswith(("sshd:", "/usr/sbin/sshd"))
+                    ):
                         found.append(line)
         return [line for line in found if line != "sleep 1"]
 
@@ -178,8 +182,10 @@ class Hosts:
         }
         log = open(self.base / f"{name}.log", "wb")  # noqa: SIM115  # the shell's, from now on
         self._shells[name] = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{name}", "unshare", "--pid", "--fork", "--kill-child", "--mount"]
-            + ["--mount-proc", "--uts", "--ipc", "--propagation", "private", "bash", "-c", script],
+            [
+                *("nsenter", f"--net=/run/netns/{name}", "unshare", "--pid", "--fork", "--kill-child", "--mount"),
+                *("--mount-proc", "--uts", "--ipc", "--propagation", "private", "bash", "-c", script),
+            ],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -201,7 +207,14 @@ class Hosts:
         raise AssertionError(f"{name}: sshd does not answer: {(self.base / f'{name}.log').read_text()}")
 
     def _enter(self, name: str, command: str) -> list[str]:
-        inner = ["env", "-i", f"PATH={os.environ['PATH']}:/usr/sbin:/sbin", f"HOME={Path.home()}", "LANG=C.UTF-8", "USER=root"]
+        inner = [
+            "env",
+            "-i",
+            f"PATH={os.environ['PATH']}:/usr/sbin:/sbin",
+            f"HOME={Path.home()}",
+            "LANG=C.UTF-8",
+            "USER=root",
+        ]
         return [
             *("nsenter", "-t", str(self._first[name]), "-n", "-p", "-m", "-u", "-i"),
             *inner,
@@ -210,7 +223,7 @@ class Hosts:
 
     def close(self) -> None:
         """Kill every process of every host, take links and files away. Nothing of the hosts is left."""
-        for name, first in self._first.items():
+        for first in self._first.values():
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{first}/ns/pid") != os.readlink("/proc/self/ns/pid"):
                     os.kill(first, signal.SIGKILL)  # the end of process 1 is the end of its namespace

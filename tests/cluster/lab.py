@@ -40,10 +40,12 @@ def write_config(hosts: Hosts, path: Path, storage: Path) -> Path:
 
 
 def install(hosts: Hosts) -> None:
-    """What `make install` would leave on each host, made of the packages that are installed here: a host has no network."""
+    """What `make install` would leave on each host, made of the packages installed here: a host has no network."""
     files = ("pyproject.toml", "constraints.txt", "requirements-reference.txt")
     pins = b"".join((ROOT / name).read_bytes() for name in files)
-    key = subprocess.run(["cksum"], input=pins, capture_output=True, check=True).stdout.decode().strip().replace(" ", "-")
+    key = (
+        subprocess.run(["cksum"], input=pins, capture_output=True, check=True).stdout.decode().strip().replace(" ", "-")
+    )
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     ray_script = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
     for name in (DRIVER, HEAD, *WORKERS):
@@ -52,6 +54,7 @@ def install(hosts: Hosts) -> None:
             name,
             f"{Path(sys.base_prefix) / 'bin' / version} -m venv --without-pip {venv}"
             f" && printf '%s\\n' ~/lanewise {SITE} > {venv}/lib/{version}/site-packages/lanewise.pth"
-            f" && printf '%s\\n' \"#!$(echo {venv})/bin/python\" '{ray_script}' > {venv}/bin/ray && chmod +x {venv}/bin/ray"
+            f" && printf '%s\\n' \"#!$(echo {venv})/bin/python\" '{ray_script}' > {venv}/bin/ray"
+            f" && chmod +x {venv}/bin/ray"
             f" && touch {venv}/.made {venv}/.installed-{key}",
         )
