@@ -219,7 +219,7 @@ def about_mlflow(place: str, uri: str, problem: str) -> Finding:
 def constraints() -> dict[str, str]:
     """Package -> pinned version."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))  # type: ignore[misc]
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
 def _asked(head: str, storage: str, mark: str, write: bool, uri: str) -> dict[str, Any]:

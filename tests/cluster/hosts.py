@@ -21,7 +21,7 @@ from pathlib import Path
 
 NETWORK = "10.83.7"
 BRIDGE = "lwbr0"
-TOOLS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ps", "unshare", "nsenter", "make", "uptime")
+TOOLS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ps", "unshare", "nsenter", "setpriv", "make", "uptime")
 SSHD = """\
 HostKey /run/hostkey
 PermitRootLogin prohibit-password
@@ -132,6 +132,7 @@ class Hosts:
     # --- making and unmaking ---
 
     def _make(self) -> None:
+        self._clear()
         self.base.mkdir(mode=0o700)
         (self.base / "sshd_config").write_text(SSHD)
         for key in ("key", "hostkey"):
@@ -183,6 +184,7 @@ class Hosts:
         log = open(self.base / f"{name}.log", "wb")  # noqa: SIM115  # the shell's, from now on
         self._shells[name] = subprocess.Popen(
             [
+                *("setpriv", "--pdeathsig", "KILL"),  # a test that is killed takes its hosts along
                 *("nsenter", f"--net=/run/netns/{name}", "unshare", "--pid", "--fork", "--kill-child", "--mount"),
                 *("--mount-proc", "--uts", "--ipc", "--propagation", "private", "bash", "-c", script),
             ],
@@ -234,6 +236,10 @@ class Hosts:
             if shell.poll() is None:
                 shell.kill()
                 shell.wait(10)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Links and files, whoever made them: a test that was killed leaves them behind."""
         for name in self.names:
             _ip(f"link del v-{name}", check=False)
             _ip(f"netns del {name}", check=False)
