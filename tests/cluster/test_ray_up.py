@@ -1,4 +1,4 @@
-"""A real `ray up` on three hosts of one's own: nodes join, sweeps run across them, one is cut off, everything goes down."""
+"""A real `ray up` on three test hosts: nodes join, sweeps run across them, one is cut off, everything goes down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import lab
-from tests.cluster.hosts import Hosts, missing
+from tests.cluster.hosts import NETWORK, Hosts, missing
 from tests.test_sweeps import assert_consistent, assert_same_curves
 from tests.toy_sweeps import Swept
 from tuning.journal import Event, read
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(missing()), reason=f"needs test hosts: {missing()}"),
 ]
-SWEEP = "grid --engine serial --set epochs=240 --quiet"
+SWEEP = "grid --engine serial --set epochs=160 --quiet"
 BASE = Path("/var/tmp/lanewise-test-hosts")
 
 
@@ -125,7 +125,7 @@ def test_a_driver_without_a_node_of_its_own_is_told(cluster):
 
 
 def test_ray_submit_runs_a_sweep_on_every_worker(cluster, submitted):
-    assert_consistent(submitted)
+    assert_consistent(submitted, NETWORK)
     assert {event["stop_reason"] for event in submitted.events("end")} == {"finished"}
     assert addresses(submitted.journal) == {cluster.hosts.address(name) for name in lab.WORKERS}
 
@@ -145,7 +145,7 @@ def test_a_worker_cut_off_in_the_middle_costs_no_config_and_changes_no_value(clu
     moved = training_on(cluster.journal("cut"), address)
     assert running.wait(400) == 0, log.read_text()
     swept = cluster.swept("cut")
-    assert_consistent(swept)
+    assert_consistent(swept, NETWORK)
     assert {event["stop_reason"] for event in swept.events("end")} == {"finished"}
     assert len(swept.events("end")) == 6
     last = {event["config_key"]: event["device"] for event in swept.events("report")}
