@@ -38,7 +38,7 @@ def test_ray_accepts_it(path):
 
 @each_file
 def test_versions_are_those_of_the_constraints(path):
-    """No version stands in the file: what is installed comes from constraints.txt, and never from Ray's nightly wheels."""
+    """No version stands in the file: what is installed is as in constraints.txt, never Ray's nightly wheels."""
     prepared = prepare_config(copy.deepcopy(load(path)))
     lists = ("setup_commands", "head_setup_commands", "worker_setup_commands")
     commands = [command for name in lists for command in prepared.get(name, [])]

@@ -30,7 +30,7 @@ def test_what_a_family_raises_is_a_crash_at_once_and_tried_once(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("victim", ["ray::HostActor", "ray::ConfigTrial"])
+@pytest.mark.parametrize("victim", ["ray::HostActor", "ray::ResourceTrainable.train"])
 def test_a_lost_process_costs_no_config_and_changes_no_value(tmp_path, untouched, victim):
     process = Process(tmp_path, "long", *LONG)
     process.when(reported(40))

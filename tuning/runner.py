@@ -115,6 +115,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
     from ray import tune
 
     from lanes.host import HostSettings, Pool, find_slots
+    from tuning.demand import release
     from tuning.journal import Journal
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
@@ -236,6 +237,8 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         journal.close()
         return interrupted, list(table.rows.values()), recorder.results
     finally:
+        if plan.address:
+            release()
         ray.shutdown()
 
 

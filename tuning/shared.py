@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.family import BadValue
+from tuning.demand import await_device
 from tuning.sweep import SweepPlan
 
 ANSWER_SECONDS = 60.0
@@ -24,12 +25,8 @@ def check_cluster(plan: SweepPlan) -> None:
 
     ray.init(address=plan.address, log_to_driver=False, logging_level=logging.WARNING)
     try:
+        await_device(plan)
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        if not any(node["Resources"].get(kind, 0) for node in nodes for kind in ("CPU", "GPU")):
-            raise BadValue(
-                f"the cluster at {plan.address} has no processor or GPU for trials yet: "
-                "`python -m tuning.cluster status cluster.yaml` says which nodes are missing"
-            )
         if len(nodes) > 1:
             check_folders(plan, {node["NodeID"]: node["NodeManagerAddress"] for node in nodes})
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -39,7 +40,7 @@ def write_config(hosts: Hosts, path: Path, storage: Path) -> Path:
     return path
 
 
-def install(hosts: Hosts) -> None:
+def install(hosts: Hosts, names: Sequence[str] = (DRIVER, HEAD, *WORKERS)) -> None:
     """What `make install` would leave on each host, made of the packages installed here: a host has no network."""
     files = ("pyproject.toml", "constraints.txt", "requirements-reference.txt")
     pins = b"".join((ROOT / name).read_bytes() for name in files)
@@ -48,7 +49,7 @@ def install(hosts: Hosts) -> None:
     )
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     ray_script = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
-    for name in (DRIVER, HEAD, *WORKERS):
+    for name in names:
         venv = "~/.lanewise/venv"
         hosts.run(
             name,
