@@ -41,5 +41,5 @@ def test_a_lost_process_costs_no_config_and_changes_no_value(tmp_path, untouched
     assert {event["stop_reason"] for event in swept.events("end")} == {"finished"}
     reports = [(event["config_key"], event["epoch"]) for event in swept.events("report")]
     assert len(set(reports)) == len(reports), "nothing is reported twice"
-    assert_consistent(swept)
+    assert_consistent(swept, lost=True)
     assert_same_curves(swept, untouched)

@@ -145,7 +145,7 @@ def test_a_worker_cut_off_in_the_middle_costs_no_config_and_changes_no_value(clu
     moved = training_on(cluster.journal("cut"), address)
     assert running.wait(400) == 0, log.read_text()
     swept = cluster.swept("cut")
-    assert_consistent(swept, NETWORK)
+    assert_consistent(swept, NETWORK, lost=True)
     assert {event["stop_reason"] for event in swept.events("end")} == {"finished"}
     assert len(swept.events("end")) == 6
     last = {event["config_key"]: event["device"] for event in swept.events("report")}
