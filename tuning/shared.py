@@ -37,7 +37,8 @@ def check_address(address: str) -> None:
     """A driver needs a Ray node of the cluster on its own machine: without one Ray would wait for ever, in silence."""
     if address.startswith("ray://"):
         raise BadValue(f"--address {address} is for Ray's client: run this on the head, with --address auto")
-    if any(_is_raylet(Path("/proc") / pid) for pid in os.listdir("/proc") if pid.isdigit()):
+    processes = Path("/proc")
+    if not processes.is_dir() or any(_is_raylet(entry) for entry in processes.iterdir() if entry.name.isdigit()):
         return
     raise BadValue(
         f"--address {address}: no Ray node runs on this machine ({socket.gethostname()}); run this on the head "
