@@ -22,12 +22,19 @@ from tuning.cli import resolve
 from tuning.demand import await_device, has_device, release
 from tuning.sweep import SweepPlan
 
+NOTHING_TO_DO = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 CONFIG = {
     "cluster_name": "fake",
     "max_workers": 8,
+    "upscaling_speed": 1.0,
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), ()),
+    **{f"{name}_commands": [] for name in NOTHING_TO_DO},
     "idle_timeout_minutes": 0.05,
     "provider": {"type": "fake_multinode"},
-    "auth": {},
+    "auth": {"ssh_user": "nobody"},
     "head_node_type": "ray.head.default",
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
