@@ -21,7 +21,7 @@ from analysis.store import open_sweep
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 Name = Annotated[str, typer.Argument(help="the sweep's name: its folder under the storage")]
-Storage = Annotated[Path, typer.Option(help="folder that holds the sweeps")]
+Storage = Annotated[Path, typer.Option(help="folder that holds the sweeps", envvar="LANEWISE_STORAGE")]
 Metric = Annotated[str | None, typer.Option(help="metric to read; default: what the sweep optimised")]
 At = Annotated[str, typer.Option(help="final, best, epoch=N or step=N")]
 TrackingUri = Annotated[

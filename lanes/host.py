@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -173,6 +174,8 @@ class HostActor:
         )
         if threads is not None:
             torch.set_num_threads(threads)
+        if node_cache := os.environ.get("LANEWISE_CACHE"):
+            settings = replace(settings, cache_dir=Path(node_cache))  # this node's, not the driver's
         self._settings, self._device, self._label = settings, device, label
         self._commands: queue.SimpleQueue[tuple[str, tuple, asyncio.Future | None]] = queue.SimpleQueue()
         self._reports: dict[str, asyncio.Queue[Report]] = {}
@@ -264,7 +267,8 @@ class Slot:
 class Pool:
     """Starts a host a device and says which one a config should attach to. A Ray actor; holds no lanes itself.
 
-    GPUs only, where there are any: a host a GPU; else a host a core. Nodes that join later are found.
+    GPUs only, where there are any: a host a GPU; else a host a core. Nodes that join later are found; hosts that died,
+    and trials whose node died without a word, are let go.
     """
 
     def __init__(self, settings: HostSettings, log_file: str, most_hosts: int, cpu_share: float):
@@ -275,14 +279,16 @@ class Pool:
         self._hosts: dict[Slot, Any] = {}
         self._loads: dict[Slot, int] = {}
         self._programs: dict[Slot, dict[str, int]] = {}
-        self._placed: dict[str, tuple[Slot, str, int]] = {}
+        self._placed: dict[str, tuple[Slot, str, int, str]] = {}
         self._looked = 0.0
         self._look()
 
-    def place(self, token: str, program: str, lanes: int) -> tuple[Any, str]:
-        """(host, its label) for a config of `lanes` lanes. Prefers a host that runs the program already, unless
-        another is less than half as loaded."""
+    def place(self, token: str, program: str, lanes: int, node: str = "") -> tuple[Any, str] | None:
+        """(host, its label) for a config of `lanes` lanes whose trial runs on `node`; None while no device is left.
+        Prefers a host that runs the program already, unless another is less than half as loaded."""
         self._look()
+        if not self._hosts:
+            return None
         least = min(self._loads, key=lambda slot: self._loads[slot])
         same = [slot for slot in self._hosts if self._programs[slot].get(program)]
         slot = min(same, key=lambda s: self._loads[s], default=least)
@@ -290,30 +296,56 @@ class Pool:
             slot = least
         self._loads[slot] += lanes
         self._programs[slot][program] = self._programs[slot].get(program, 0) + 1
-        self._placed[token] = (slot, program, lanes)
+        self._placed[token] = (slot, program, lanes, node)
         return self._hosts[slot], slot.label
 
     def leave(self, token: str) -> None:
         """A config has left the host it was placed on."""
         if token in self._placed:
-            slot, program, lanes = self._placed.pop(token)
-            self._loads[slot] -= lanes
-            self._programs[slot][program] -= 1
+            slot, program, lanes, _ = self._placed.pop(token)
+            if slot in self._hosts:
+                self._loads[slot] -= lanes
+                self._programs[slot][program] -= 1
+
+    def lost(self, token: str) -> None:
+        """The host that a config was placed on has died: nothing is placed there again. Its device gets a new host when
+        its node is still there."""
+        if token in self._placed:
+            self._drop(self._placed[token][0])
 
     async def flush(self) -> dict[str, float]:
         """Everything every host has recorded is on disk. Returns {host label: seconds spent training}."""
-        return {slot.label: await host.flush.remote() for slot, host in self._hosts.items()}
+        seconds = {}
+        for slot, host in list(self._hosts.items()):
+            try:
+                seconds[slot.label] = await host.flush.remote()
+            except ray.exceptions.ActorDiedError:
+                self._drop(slot)
+        return seconds
 
     def _look(self) -> None:
-        """Find devices that have no host yet, at most every ten seconds."""
-        if self._hosts and (len(self._hosts) >= self._most_hosts or time.monotonic() - self._looked < 10):
+        """Find devices that have no host yet and nodes that have gone, at most every ten seconds."""
+        if self._hosts and time.monotonic() - self._looked < 10:
             return
         self._looked = time.monotonic()
-        for slot in find_slots():
+        slots, nodes = find_slots(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for slot in [slot for slot in self._hosts if slot.node not in nodes]:
+            self._drop(slot)
+        for token, (slot, _, _, node) in list(self._placed.items()):
+            if node and node not in nodes:  # the trial cannot let go any more; it is tried again under another token
+                self._hosts[slot].release.remote(token)
+                self.leave(token)
+        for slot in slots:
             if slot not in self._hosts and len(self._hosts) < self._most_hosts:
                 self._hosts[slot] = self._start(slot)
                 self._loads[slot] = 0
                 self._programs[slot] = {}
+
+    def _drop(self, slot: Slot) -> None:
+        """Forget a host that has died, and who was on it."""
+        for table in (self._hosts, self._loads, self._programs):
+            table.pop(slot, None)
+        self._placed = {token: placed for token, placed in self._placed.items() if placed[0] != slot}
 
     def _start(self, slot: Slot) -> Any:
         gpu = slot.kind == "cuda"

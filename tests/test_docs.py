@@ -17,6 +17,8 @@ import typer
 
 import analysis.cli
 import tuning.cli
+import tuning.cluster
+import tuning.doctor
 import tuning.estimate
 import tuning.sync
 
@@ -35,8 +37,8 @@ class Stopped(Exception):
 
 def commands(text: str) -> Iterator[list[str]]:
     """Every command of the page's sh and bash blocks as words; comments, prompts and line continuations taken off."""
-    for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in re.findall(r"^ *```(?:sh|bash)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        for line in map(str.strip, block.replace("\\\n", " ").splitlines()):
             words = shlex.split(line.removeprefix("$ "), comments=True)
             words = list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=.*", word), words))
             if words:
@@ -65,12 +67,28 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         flags = {flag for parameter in command.params for flag in parameter.opts}
         assert {word for word in arguments if word.startswith("--")} <= flags
     elif program == "ray":
-        assert arguments[0] == "up"
-        assert (ROOT / arguments[1]).is_file()
+        check_ray(arguments, monkeypatch)
+    elif program == "sbatch":
+        assert os.access(ROOT / arguments[0], os.X_OK)
+        check_tune(arguments[1], arguments[2:], monkeypatch)
     elif words[0] == ".ci/run":
         assert os.access(ROOT / words[0], os.X_OK)
     else:
         pytest.fail(f"this test does not know how to check `{program}`")
+
+
+def check_ray(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own parser takes it, the cluster file is there, and what it would run on the head is right."""
+    from ray.scripts.scripts import cli
+
+    name, rest = arguments[0], arguments[1:]
+    assert name in ("up", "down", "submit", "exec")
+    found = cli.commands[name].make_context(name, list(rest)).params
+    assert (ROOT / found["cluster_config_file"]).is_file()
+    if name == "submit":
+        check_tune(found["script"], list(found["script_args"]), monkeypatch)
+    elif name == "exec":
+        check(shlex.split(found["cmd"].removeprefix("cd ~/lanewise && ")), monkeypatch)
 
 
 def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +98,14 @@ def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         app = typer.Typer()
         app.command()(tuning.sync.main)
         check_typer(typer.main.get_command(app), arguments[2:])
+    elif arguments[:2] == ["-m", "tuning.cluster"]:
+        check_typer(typer.main.get_command(tuning.cluster.app), arguments[2:])
+        assert (ROOT / arguments[3]).is_file()
+    elif arguments[:2] == ["-m", "tuning.doctor"]:
+        app = typer.Typer()
+        app.command()(tuning.doctor.main)
+        check_typer(typer.main.get_command(app), arguments[2:])
+        assert all((ROOT / argument).is_file() for argument in arguments[2:])
     elif arguments[:2] == ["-m", "pytest"]:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "--collect-only", *arguments[2:]], cwd=ROOT, capture_output=True, text=True
@@ -151,6 +177,11 @@ def test_command_would_run(words, monkeypatch):
         "make no-such-target",
         "mlflow ui --no-such-flag x",
         "ray up no_such_cluster.yaml",
+        "ray submit cluster.yaml tune_ci_vit.py no_such_sweep",
+        "ray exec cluster.yaml 'python tune_ci_vit.py --nonsense'",
+        "python -m tuning.cluster sideways cluster.yaml",
+        "python -m tuning.doctor no_such_cluster.yaml",
+        "sbatch clusters/slurm.sh tune_ci_vit.py --nonsense",
         "rm -rf /",
     ],
 )
@@ -189,7 +220,7 @@ def analysis_flags() -> set[str]:
 
 
 def inline_code(text: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -200,7 +231,7 @@ def test_files_named_exist(page):
         if re.fullmatch(r"(?:[\w.-]+/)+[\w.-]*", path) and (path.split("/")[0] in {p.name for p in ROOT.iterdir()}):
             made = path.startswith(("sweeps/", ".venv/"))
             assert made or (ROOT / path).exists(), f"{page.name} names {path}"
-        elif re.fullmatch(r"tune_\w+\.py|[\w-]+\.md|Makefile|[\w-]+\.toml", path):
+        elif path != "journal.md" and re.fullmatch(r"tune_\w+\.py|[\w-]+\.md|Makefile|[\w-]+\.toml", path):
             assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.name} names {path}"
     for target in re.findall(r"\]\(([^)#\s]+)\)", text):
         if not target.startswith("http"):

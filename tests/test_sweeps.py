@@ -14,7 +14,7 @@ from tests.toy_sweeps import UNDISTURBED, Swept, sweep
 FINISHED_COLUMNS = ("config", "test_loss", "± sd", "seeds", "epochs", "stop reason", "device time")
 
 
-def assert_consistent(swept: Swept) -> None:
+def assert_consistent(swept: Swept, network: str = "127.0.0.1", lost: bool = False) -> None:
     """runs.parquet, epochs, steps and the journal agree with one another and with docs/storage.md."""
     runs, epochs, steps = swept.runs.set_index("run_key"), swept.table("epochs"), swept.table("steps")
     last = {}
@@ -49,9 +49,10 @@ def assert_consistent(swept: Swept) -> None:
             else pd.isna(row.rung) or row.stop_reason == "diverged"
         )
         assert row.device_seconds > 0
-        assert row.device.endswith("@127.0.0.1"), "Ray on this machine listens to nobody else"
+        # on one machine Ray listens to nobody else
+        assert row.device.rpartition("@")[2].startswith(network)
         assert row.started_at <= row.ended_at
-    assert "Traceback" not in swept.log
+    assert lost or "Traceback" not in swept.log
     assert "Failed to fetch metrics" not in swept.log
     assert "MLflow is away" not in swept.log
 

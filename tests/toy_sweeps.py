@@ -58,13 +58,13 @@ class Swept:
 class Process:
     """A tune command in the background, everything it starts marked by its environment."""
 
-    def __init__(self, storage: Path, name: str, *arguments: str):
+    def __init__(self, storage: Path, name: str, *arguments: str, module: str = "tests.toys.tune_toy"):
         self.folder = storage / name
         self._mark = uuid.uuid4().hex
         self._ray = tempfile.mkdtemp(prefix="lw")  # short: Ray's sockets live below it
         named = () if "--resume" in arguments else ("--name", name)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.toys.tune_toy", *arguments, *named, "--storage", str(storage)],
+            [sys.executable, "-m", module, *arguments, *named, "--storage", str(storage)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -93,21 +93,25 @@ class Process:
         """Ctrl-C: SIGINT to the terminal's whole process group."""
         os.killpg(self._process.pid, signal.SIGINT)
 
+    def kill_one(self, title: str) -> None:
+        """SIGKILL one of the processes it started, by the beginning of its title."""
+        os.kill(next(pid for pid, line in self._alive() if line.startswith(title)), signal.SIGKILL)
+
     def left(self, seconds: float = 60) -> list[str]:
         """Command lines of what it started and is still there after it had time to go. Not counted are the two agents
         of Ray's own that outlive a killed raylet by a minute, trying to tell the dead GCS of it."""
         deadline = time.monotonic() + seconds
         while (alive := list(self._alive())) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return alive
+        return [line for _, line in alive]
 
-    def _alive(self) -> Iterator[str]:
+    def _alive(self) -> Iterator[tuple[int, str]]:
         for process in Path("/proc").glob("[0-9]*"):  # Linux
             with contextlib.suppress(OSError):
                 if self._mark.encode() in (process / "environ").read_bytes():  # a zombie has no environment left
                     line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                     if line not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent"):
-                        yield line
+                        yield int(process.name), line
 
 
 def sweep(storage: Path, name: str, *arguments: str) -> Swept:

@@ -18,6 +18,7 @@ from rich.text import Text
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
 from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.shared import check_cluster
 from tuning.sweep import SweepPlan, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
@@ -87,7 +88,9 @@ def _command(sweeps: Sweeps) -> Any:
             typer.Option(metavar="NAME=LOW..HIGH[:log]|A,B,C", help="replace a dimension of the space; repeatable"),
         ] = None,
         name: Annotated[str | None, typer.Option(help="name of this sweep [default: SWEEP and the time]")] = None,
-        storage: Annotated[Path, typer.Option(help="folder of sweeps")] = Path("sweeps"),
+        storage: Annotated[
+            Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE", show_envvar=True)
+        ] = Path("sweeps"),
         tracking_uri: Annotated[
             str | None, typer.Option(help="MLflow server or database [default: sqlite:///STORAGE/mlflow.db]")
         ] = None,
@@ -266,6 +269,9 @@ def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
     check_data(plan)
     if not resume:
         refuse_existing(plan)
+    if plan.address:
+        check_cluster(plan)
+    if not resume:
         write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
     console = terminal()
     try:

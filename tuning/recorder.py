@@ -6,6 +6,7 @@ by a process of its own (`tuning.sync`).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from tuning.runs import RunTable
 from tuning.sweep import SweepPlan
 
 TABLE_SECONDS = 5.0
+log = logging.getLogger(__name__)
 
 
 class Recorder(Callback):
@@ -64,6 +66,9 @@ class Recorder(Callback):
     # --- Tune's side ---
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if result.get("stop_reason") == "crashed":  # nothing to report: `on_trial_complete` tells it
+            self._last[trial.trial_id] = "STOP"
+            return
         self.results += 1
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
         fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
@@ -84,13 +89,20 @@ class Recorder(Callback):
         result = trial.last_result or {}
         if self._last.get(trial.trial_id) != "STOP":
             return  # ended by the time budget, not by itself or the scheduler: it has no end yet, and --resume goes on
-        self._end(trial, result.get("stop_reason") or "stopped", result.get("epoch", 0))
+        reason = result.get("stop_reason") or "stopped"
+        error = last_line(result["error"]) if reason == "crashed" else None
+        self._end(trial, reason, result.get("epoch", 0), error)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Tune runs a trial again whose process was lost: what it has reported, it does not report again."""
+        epoch = (trial.last_result or {}).get("epoch", 0)
+        trial.config["reports"] = [at for at in trial.config["reports"] if at > epoch]
+        log.warning("trial %s was lost after epoch %s: it continues elsewhere", trial.trial_id, epoch)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         path = trial.error_file
         text = Path(path).read_text() if path and Path(path).is_file() else "the trial's process died"
-        error = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown error")
-        self._end(trial, "crashed", (trial.last_result or {}).get("epoch", 0), error=error[:500])
+        self._end(trial, "crashed", (trial.last_result or {}).get("epoch", 0), last_line(text))
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.draw()
@@ -118,3 +130,8 @@ class Recorder(Callback):
         self.on_abandon(trial)
         fields = ("config_key", "label", "algorithm", "point", "values", "program", "hyper", "runs", "epochs", "parent")
         self._write("proposed", index=-1, trial=trial, **{name: config[name] for name in fields})
+
+
+def last_line(text: str) -> str:
+    """What a traceback says in the end."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown error")[:500]

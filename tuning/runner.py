@@ -30,6 +30,10 @@ TRIAL_CPUS = 0.2
 """Share of a node's processors that all trials together may hold; hosts hold the rest."""
 
 
+LOST_PROCESSES = 10
+"""How often Tune tries a trial again whose process or node died; what a family raises is no failure of Tune's."""
+
+
 @dataclass
 class Outcome:
     """How a sweep ended, and where its time went (seconds)."""
@@ -111,6 +115,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
     from ray import tune
 
     from lanes.host import HostSettings, Pool, find_slots
+    from tuning.demand import release
     from tuning.journal import Journal
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
@@ -156,7 +161,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         )
         pool = (
             ray.remote(Pool)
-            .options(num_cpus=0)
+            .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
             .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
         )
         if plan.scheduler == "pbt":
@@ -213,7 +218,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 storage_path=str(plan.folder / "ray"),
                 verbose=0,
                 callbacks=[recorder],
-                failure_config=tune.FailureConfig(max_failures=0),
+                failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
             ),
         )
         begun = time.monotonic()
@@ -232,7 +237,16 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         journal.close()
         return interrupted, list(table.rows.values()), recorder.results
     finally:
+        if plan.address:
+            release()
         ray.shutdown()
+
+
+def _beside_the_driver() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:

@@ -38,6 +38,12 @@ class Decided(TrialScheduler):
         self.on_decision(trial, result, decision)
         return decision
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if result.get("stop_reason") == "crashed":
+            self.on_trial_error(tune_controller, trial)  # its values say nothing of others
+        else:
+            super().on_trial_complete(tune_controller, trial, result)
+
     def adopt(self, trial_id: str, past: Any) -> None:
         """The config of the earlier trial `past` continues as `trial_id`."""
 

@@ -353,7 +353,12 @@ class Proposer(Searcher):
 def outcome_of(result: Mapping[str, Any] | None, error: bool, metric: str) -> tuple[str, float | None]:
     """What a source is told of a trial's end."""
     value = None if result is None else result.get(metric)
-    if error or value is None or not math.isfinite(value) or (result or {}).get("stop_reason") == "diverged":
+    if (
+        error
+        or value is None
+        or not math.isfinite(value)
+        or (result or {}).get("stop_reason") in ("diverged", "crashed")
+    ):
         return FAIL, None
     return (COMPLETE if (result or {}).get("stop_reason") == "finished" else PRUNED), value
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def main(
     name: Annotated[str, typer.Argument(help="the sweep's name")],
-    storage: Annotated[Path, typer.Option(help="folder of sweeps")] = Path("sweeps"),
+    storage: Annotated[Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE")] = Path("sweeps"),
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +17,21 @@ from ray import tune
 
 from lanes.job import Job, Report
 
+log = logging.getLogger(__name__)
+LOSSES = 3
+"""A config whose host died this often without a report in between is `crashed`: it may be what kills them."""
+WAIT_SECONDS = 5.0
+
 
 class ConfigTrial(tune.Trainable):
     """Waits for its config's next report and hands it to Tune; the lanes train on the host.
 
     Every attachment has a fresh token: Tune may bring one trial up twice (a cached actor is reused while the new one
     still starts), and the loser's clean-up must not free the winner's lanes.
+
+    What a program raises ends the config as `crashed`, as a result and not as an exception: exceptions are left to what
+    is no fault of the config, a process or node that died, and Tune tries those again (`tuning.runner`). A host that
+    dies is replaced here: the config attaches to another one and continues from its newest checkpoints.
     """
 
     def setup(self, config: dict[str, Any], pool: Any = None, settings: Mapping[str, Any] | None = None) -> None:
@@ -31,11 +43,21 @@ class ConfigTrial(tune.Trainable):
         """Take lanes for a config; reports up to the epoch `after` have been made before."""
         self._config = config
         self._told = 0
+        self._epoch = after
+        self._losses = 0
         self._worst: dict[str, float] = {}
+        self._place(after)
+
+    def _place(self, after: int) -> None:
+        config = self._config
+        self._error = ""
         token = uuid.uuid4().hex
         runs = {int(seed): key for seed, key in config["runs"].items()}
         program = json.dumps(config["program"], sort_keys=True)
-        self._host, self._device = ray.get(self._pool.place.remote(token, program, len(runs)))
+        node = ray.get_runtime_context().get_node_id()
+        while (placed := ray.get(self._pool.place.remote(token, program, len(runs), node))) is None:
+            time.sleep(WAIT_SECONDS)  # every device is gone: until one comes back
+        self._host, self._device = placed
         job = Job(
             token=token,
             family=self._settings["family"],
@@ -46,20 +68,44 @@ class ConfigTrial(tune.Trainable):
             covariates=self._settings["covariates"],
             parent={int(seed): (key, epoch) for seed, (key, epoch) in config["parent"].items()},
         )
+        self._token = token
         try:
             ray.get(self._host.attach.remote(job))
-        except Exception:
-            self._pool.leave.remote(token)
-            raise
-        self._token = token
+        except ray.exceptions.RayActorError:
+            pass  # `step` will find it dead too
+        except ray.exceptions.RayTaskError as error:
+            self._error = str(error)
 
     def step(self) -> dict[str, Any]:
-        report: Report = ray.get(self._host.next_report.remote(self._token, self._told > 0))
-        self._told += 1
-        if report.error:
-            raise RuntimeError(report.error)
+        report = self._next_report()
+        if self._error:
+            return crash(self._error, self._epoch, self._config, self._settings)
+        assert report is not None
         self._epoch = report.epoch
         return summarize(report, self._config, self._settings, self._worst)
+
+    def _next_report(self) -> Report | None:
+        """The next report, from another host where the one before died; None with `_error` set where there is none."""
+        while not self._error:
+            try:
+                report: Report = ray.get(self._host.next_report.remote(self._token, self._told > 0))
+            except ray.exceptions.RayActorError as error:
+                self._losses += 1
+                if self._losses == LOSSES:
+                    self._error = f"its host died {LOSSES} times without a report: {error}"
+                    return None
+                log.warning("%s: lost %s (%s)", self._config["config_key"], self._device, error)
+                if isinstance(error, ray.exceptions.ActorDiedError):
+                    self._pool.lost.remote(self._token)
+                self._leave()
+                self._told = 0
+                self._place(after=self._epoch)
+                continue
+            self._told += 1
+            self._losses = 0
+            self._error = report.error or ""
+            return report
+        return None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer: the states themselves are in the sweep's checkpoint store, written by the host."""
@@ -85,9 +131,23 @@ class ConfigTrial(tune.Trainable):
 
     def _leave(self) -> None:
         if self._token:
-            ray.get(self._host.release.remote(self._token))
+            with contextlib.suppress(ray.exceptions.RayActorError):  # a host that died holds nothing
+                ray.get(self._host.release.remote(self._token))
             self._pool.leave.remote(self._token)
             self._token = ""
+
+
+def crash(error: str, epoch: int, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The last Tune result of a config whose program raised; `epoch` is the last it reported."""
+    return {
+        settings["metric"]: math.nan,
+        "epoch": epoch,
+        "progress": epoch * settings["length"] / config["epochs"],
+        "config_key": config["config_key"],
+        "stop_reason": "crashed",
+        "error": error,
+        "done": True,
+    }
 
 
 def summarize(

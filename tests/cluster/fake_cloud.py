@@ -1,0 +1,94 @@
+"""Run on a test host: a head alone, and Ray's fake provider that starts nodes claiming a GPU each. Prints what it saw.
+
+On a test host, because starting and stopping a head stops every Ray process that can be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+
+from search_spaces.sweeps import Sweeps
+from tests.toys.sweeps import SWEEPS
+from trainables.family import BadValue
+from tuning.cli import resolve
+from tuning.demand import await_device, has_device, release
+from tuning.sweep import SweepPlan
+
+NOTHING_TO_DO = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+CONFIG = {
+    "cluster_name": "fake",
+    "max_workers": 8,
+    "upscaling_speed": 1.0,
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), ()),
+    **{f"{name}_commands": [] for name in NOTHING_TO_DO},
+    "idle_timeout_minutes": 0.05,
+    "provider": {"type": "fake_multinode"},
+    "auth": {"ssh_user": "nobody"},
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "gpu": {"resources": {"GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+    },
+}
+
+
+def main(limit: int) -> None:
+    CONFIG["available_node_types"]["gpu"]["max_workers"] = limit  # type: ignore[index]
+    path = Path(tempfile.mkdtemp()) / "fake.json"
+    path.write_text(json.dumps(CONFIG))
+    environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    ray_script = Path(sys.executable).parent / "ray"
+    start = [
+        str(ray_script),
+        "start",
+        "--head",
+        "--num-cpus=0",
+        f"--autoscaling-config={path}",
+        "--disable-usage-stats",
+    ]
+    subprocess.run(start, env=environment, check=True, stdout=subprocess.DEVNULL)
+    ray.init("auto", log_to_driver=False, logging_level="ERROR")
+    print("DEVICE AT FIRST", has_device())
+    try:
+        await_device(plan(SWEEPS), seconds=60 if limit else 5)
+    except BadValue as error:
+        print("REFUSED", error)
+        return
+    print("GPUS", until(lambda: ray.cluster_resources().get("GPU", 0) == limit))
+    release()
+    print("RELEASED", until(lambda: not has_device()))
+
+
+def plan(sweeps: Sweeps) -> SweepPlan:
+    """Six configs of two seeds, one lane a device: twelve GPUs would be filled."""
+    nothing = dict.fromkeys(
+        ("data", "data_dir", "trials", "seeds", "searcher", "scheduler", "metric", "covariates", "name", "tracking_uri")
+    )
+    return resolve(
+        sweeps, "grid", **nothing, seed=0, lanes="off", engine="auto", settings=[], dimensions=[],
+        storage=Path("/tmp/x"), address="auto", max_concurrent=0, time_budget=0.0,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def until(reached, seconds: float = 90) -> bool:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
