@@ -99,13 +99,15 @@ class BranchedEngine(Engine):
         changed: list[Tensor] = [slot.position]
         tree_map(changed.append, slot.state)
         step = lambda: self._in_place(slot.state, slot.hyper, slot.rows, slot.position)
-        slot.graphed = GraphedSteps(step, changed, self.schedule.steps_per_epoch)
+        slot.graphed = GraphedSteps(step, changed, self.schedule.steps_per_epoch, slot.stream)
 
     def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         main, totals = torch.cuda.current_stream(), []
+        kept = []  # rows are read on other streams: their memory must not be handed out again before these are done
         for key, lane_rows in zip(keys, rows, strict=True):
             slot = self._slot_of[key]
             placed = {name: row.to(self.device) for name, row in lane_rows.items()}
+            kept.append(placed)
             slot.stream.wait_stream(main)
             with torch.cuda.stream(slot.stream):
                 sums = [

@@ -19,10 +19,19 @@ class GraphedSteps:
         step: one step, in place on tensors that never move; returns its metrics [m, slots].
         changed: every tensor that a step changes. Warming up and capturing leave them as they were.
         chunk: steps usually asked for at once, an epoch: a graph of that length is made if it is not too long.
+        stream: capture there. Graphs that are replayed side by side need streams of their own: cuBLAS keeps one
+            workspace a stream, and graphs captured on one stream would share it.
     """
 
-    def __init__(self, step: Callable[[], Tensor], changed: Sequence[Tensor], chunk: int):
+    def __init__(
+        self,
+        step: Callable[[], Tensor],
+        changed: Sequence[Tensor],
+        chunk: int,
+        stream: torch.cuda.Stream | None = None,
+    ):
         self._step = step
+        self._stream = stream
         self._lengths = sorted({min(chunk, LONGEST), 16, 4, 1}, reverse=True)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
@@ -53,7 +62,7 @@ class GraphedSteps:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             # captured, not run: nothing changes; thread_local: the thread that works out orders may use the GPU too
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 out = torch.stack([self._step() for _ in range(length)])
             self._pool = self._pool or graph.pool()
             self._graphs[length] = graph, out

@@ -172,6 +172,7 @@ class HostActor:
         logging.basicConfig(
             filename=log_file, level=logging.INFO, format=f"%(asctime)s {label} %(message)s", force=True
         )
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
             torch.set_num_threads(threads)
         if node_cache := os.environ.get("LANEWISE_CACHE"):

@@ -173,7 +173,7 @@ def probe(
             climb(name, 2, 4 if cuda else 2)
     ahead = expected_steps / max(row.rate for row in rows)
     if engines is None and cuda and ahead > COMPILE_PAYS_AFTER_ON_GPU:
-        climb("branched", min(8, wanted), 2)  # compiled once, for any number of lanes
+        # branched is left to --engine branched: not every family has passed the law of lanes with it on a GPU
         climb("stacked, compiled", min(32, power_of_two(wanted)), 4)  # compiled for each number of lanes
     elif engines is None and not cuda and ahead > COMPILE_PAYS_AFTER:
         rate("stacked, compiled", max(2, max(rows, key=lambda r: r.rate).lanes))

@@ -32,6 +32,13 @@ CHOSEN = CASES if os.environ.get("LANEWISE_GPU_CASES") == "all" else list(FIRST.
 TOLERANCE = {"float32": 2e-3, "bf16": 5e-2}
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """As hosts set them, and without algorithms that add up in an order of their own."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: f"{case[0].rsplit('.', 1)[-1]}-{case[1]}")
 def chosen(request):
     return request.param
