@@ -68,7 +68,6 @@ class Host:
         self._stacks: dict[str, Stack] = {}
         self._stack_of: dict[str, str] = {}  # token -> program key
         self._arrays: dict[str, Any] = {}  # memory-mapped file -> tensor on the device, shared by programs
-        self.probes: dict[str, list[str]] = {}
 
     @property
     def busy(self) -> bool:
@@ -142,7 +141,6 @@ class Host:
                 cache=self.settings.cache_dir / "probes",
             )
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
-            self.probes[program_key(family.name, program)] = choice.lines()
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
         return make_engine(name, lanes, family, program, arrays, self.device), lanes
 
