@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 Matrix = NDArray[np.float64]
 
@@ -139,7 +139,7 @@ def _beats(scores: Matrix) -> Matrix:
     n = scores.shape[1]
     mean, spread = gaps.mean(2), gaps.std(2, ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = stats.t.sf(mean / (spread / math.sqrt(n)), n - 1)
+        p = stdtr(n - 1, -mean / (spread / math.sqrt(n)))
     # a coarse score repeats itself: n equal differences say no more than that their signs agree
     return np.where(spread <= 1e-12 * (1 + np.abs(mean)), np.where(mean > 0, 0.5**n, 1.0), p)
 
@@ -149,4 +149,4 @@ def _lead(gaps: Matrix, share: float) -> float:
     n, spread = len(gaps), float(gaps.std(ddof=1))
     if spread <= 1e-12 * (1 + abs(float(gaps.mean()))):
         return float(gaps.mean()) if 0.5**n <= share else math.inf
-    return float(gaps.mean() + stats.t.isf(share, n - 1) * spread / math.sqrt(n))
+    return float(gaps.mean() + stdtrit(n - 1, 1 - share) * spread / math.sqrt(n))
