@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning.journal import Event
-from tuning.objectives import COSTS, Row, front, judged, mean, means, searched, value
+from tuning.objectives import COSTS, Row, confirmed, front, mean, means, searched, value
 from tuning.progress import clock
 from tuning.race import ALPHA
 from tuning.sweep import SweepPlan
@@ -32,28 +32,38 @@ def print_results(console: Console, plan: SweepPlan, ended: Ended) -> None:
     """Confirmed figures are the result and come first; then the Pareto front, the race, the search's own table."""
     mode = plan.objective.mode
     if ended.confirmed is not None:
-        console.print(confirmed_table(plan, ended))
+        seeds = len(ended.confirmed["seeds"])
+        _headed(
+            console,
+            f"result: on {seeds} fresh seeds, none of which took part in choosing",
+            confirmed_table(plan, ended),
+        )
         for line in confirmed_notes(plan, ended):
             console.print(Text(line), soft_wrap=True)
         console.print()
     if plan.others:
-        console.print(front_table(plan, ended.rows))
+        named = ", ".join(f"{name} ({mode})" for name, mode in plan.modes.items())
+        _headed(console, f"Pareto front: nothing beats these configs in all of {named}", front_table(plan, ended.rows))
         console.print()
     if ended.look is not None:
         console.print(Text(race_line(ended.look)), soft_wrap=True)
         console.print()
-    table = results_table(ended.rows, plan.metric, mode)
     if ended.confirmed is not None:
-        table.title, table.title_justify, table.title_style = "what was chosen by, in the search", "left", ""
+        _headed(console, "what was chosen by, in the search:", results_table(ended.rows, plan.metric, mode))
+    else:
+        console.print(results_table(ended.rows, plan.metric, mode))
+
+
+def _headed(console: Console, heading: str, table: Table) -> None:
+    console.print(Text(heading, style="bold"), soft_wrap=True)
     console.print(table)
 
 
 def confirmed_table(plan: SweepPlan, ended: Ended) -> Table:
     """Each confirmed config: every objective on the fresh seeds, and by how much its score in the search was better."""
     assert ended.confirmed is not None
-    fresh = confirmed_runs(plan, ended.rows)
-    seeds = len(ended.confirmed["seeds"])
-    table = _table(f"result: on {seeds} fresh seeds, none of which took part in choosing")
+    fresh = confirmed(ended.rows, plan.modes, ended.confirmed["seeds"])
+    table = _table()
     for name in plan.objectives:
         _number_columns(table, name, "± sd")
     _number_columns(table, "seeds", "in the search", "flattered by")
@@ -68,13 +78,6 @@ def confirmed_table(plan: SweepPlan, ended: Ended) -> Table:
         flattery = f"{sign * (promised - mean(runs)):+.4f}" if runs else "-"
         table.add_row(entry["label"], *cells, str(len(runs)), f"{promised:.4f}", flattery)
     return table
-
-
-def confirmed_runs(plan: SweepPlan, rows: Iterable[Row]) -> dict[str, dict[str, dict[int, float]]]:
-    """Objective -> config key -> seed -> value on the fresh seeds of `plan`."""
-    seeds = set(plan.fresh_seeds())
-    fresh = [{**row, "phase": "search"} for row in rows if row["phase"] == "confirm" and row["seed"] in seeds]
-    return {name: judged(fresh, name, mode) for name, mode in plan.modes.items()}
 
 
 def confirmed_notes(plan: SweepPlan, ended: Ended) -> list[str]:
@@ -98,9 +101,8 @@ def front_table(plan: SweepPlan, rows: Iterable[Row]) -> Table:
     rows = list(rows)
     points = means(rows, plan.objectives, plan.modes)
     labels = {row["config_key"]: row["label"] for row in rows}
-    directions = ", ".join(f"{name} ({mode})" for name, mode in plan.modes.items())
     keys = front(points, list(plan.modes.values()))
-    table = _table(f"Pareto front, {len(keys)} of {len(points)} configs: nothing beats them in all of {directions}")
+    table = _table()
     _number_columns(table, *plan.objectives)
     for key in keys:
         table.add_row(labels[key], *(_objective(name, v) for name, v in zip(plan.objectives, points[key], strict=True)))
@@ -126,8 +128,8 @@ def _objective(name: str, number: float) -> str:
     return f"{number:.3g}" if name in COSTS else f"{number:.4f}"
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("config", no_wrap=True, overflow="ellipsis")
     return table
 

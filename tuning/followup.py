@@ -42,8 +42,8 @@ def check(plan: SweepPlan, given: Mapping[str, Any]) -> None:
     if (plan.confirm or plan.race) and plan.scheduler == "pbt":
         flag = "--confirm" if plan.confirm else "--race"
         raise BadValue(
-            f"{flag} trains configs on further seeds from their beginning, and what --scheduler pbt finds has none, its "
-            "hypers having changed on the way: choose another scheduler"
+            f"{flag} trains configs on further seeds from their beginning, and what --scheduler pbt finds has none: "
+            "its hypers changed on the way; choose another scheduler"
         )
     if plan.confirm > plan.budget:
         raise BadValue(f"--confirm {plan.confirm} is more configs than the sweep tries ({plan.budget})")

@@ -72,10 +72,12 @@ def searched(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["phase"] != "confirm"]
 
 
-def judged(rows: Iterable[Row], metric: str, mode: str) -> dict[str, dict[int, float]]:
+def judged(
+    rows: Iterable[Row], metric: str, mode: str, ended: Sequence[str] = ("finished",)
+) -> dict[str, dict[int, float]]:
     """Config key -> seed -> value of the runs that took part in choosing and may be compared, in order of proposal.
 
-    Those are the runs of configs that ran to their end. A diverged run counts as the worst value of the sweep's runs,
+    Those are the runs of configs that ran to their end (as `ended` says). A diverged run counts as the worst value of the sweep's runs,
     as in `analysis.summary.scores`, except in what it cost.
     """
     chosen_by = searched(rows)
@@ -83,13 +85,21 @@ def judged(rows: Iterable[Row], metric: str, mode: str) -> dict[str, dict[int, f
     worst = (min if mode == "max" else max)(finite, default=math.nan)
     found: dict[str, dict[int, float]] = {}
     for row in chosen_by:
-        if row["config_stop_reason"] != "finished":
+        if row["config_stop_reason"] not in ended:
             continue
         diverged = row["stop_reason"] == "diverged" and metric not in COSTS
         number = worst if diverged else value(row, metric)
         if math.isfinite(number) and (diverged or row["stop_reason"] == "finished"):
             found.setdefault(row["config_key"], {})[row["seed"]] = number
     return found
+
+
+def confirmed(
+    rows: Iterable[Row], modes: Mapping[str, str], seeds: Sequence[int]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Objective -> config key -> seed -> value of the confirming runs on these seeds."""
+    fresh = [{**row, "phase": "search"} for row in rows if row["phase"] == "confirm" and row["seed"] in set(seeds)]
+    return {name: judged(fresh, name, mode, ("finished", "diverged")) for name, mode in modes.items()}
 
 
 def mean(runs: Runs) -> float:

@@ -61,9 +61,9 @@ class Progress:
         """Follow the journal."""
         trial = event.get("trial", "")
         if event["event"] == "race":
-            self._stage = f"race: {len(event['alive'])} configs may be the best after {event['seeds']} seeds"
+            self._stage = f"race, {len(event['alive'])} left"
         elif event["event"] == "confirm":
-            self._stage = f"confirming {len(event['chosen'])} configs on {len(event['seeds'])} fresh seeds"
+            self._stage = "confirming"
         elif event["event"] in ("proposed", "resumed"):
             self._phase = ""
             if event.get("phase", "search") != "search":
@@ -96,7 +96,7 @@ class Progress:
         now = time.monotonic()
         if self._console is not None and self._live is None and now - self._printed > QUIET_SECONDS:
             self._printed = now
-            self._console.print(self.line())
+            self._console.print(self.line(), soft_wrap=True)
 
     def _better(self, a: float, b: float) -> bool:
         return a > b if self._mode == "max" else a < b
