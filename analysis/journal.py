@@ -19,13 +19,15 @@ import numpy as np
 import pandas as pd
 
 from analysis.compare import p_text, plain, spread_text
+from analysis.confirmation import confirmed_table, flattery, race_line, ties
 from analysis.doctor import cards_of
 from analysis.errors import UserError
 from analysis.figures import rounded
-from analysis.selection import confirmed_curse, more_seeds, probability_best, winners_curse
-from analysis.statistics import all_pairs_p, holm, t_interval
+from analysis.objectives import front_line, tradeoff
+from analysis.selection import more_seeds, probability_best, winners_curse
+from analysis.statistics import all_pairs_p, holm
 from analysis.store import ENDED, Sweep, open_sweep
-from analysis.summary import pivot, scores, summarise
+from analysis.summary import complete, pivot, scores, summarise
 from analysis.writing import replace_text
 
 MARK = "<!-- yours: what stands below this line is kept when the journal is written again -->"
@@ -76,7 +78,12 @@ def block(sweep: Sweep, metric: str | None = None) -> str:
     title = str(sweep.info.get("doc") or sweep.name)
     lines = [f"# {_one_line(title[0].upper() + title[1:])}", _asked(sweep, runs, metric)]
     lines += [line for line in (_same(sweep), _varied(sweep, table)) if line]
-    lines.append("")
+    results = confirmation(sweep, runs, confirmed, metric)
+    if results:
+        lines += ["", "Result:", *(f"- {_one_line(line)}" for line in results)]
+        lines += ["", "What was chosen by, in the search:"]
+    else:
+        lines.append("")
     ordered = _in_order(sweep, table)
     for row in ordered[:LISTED]:
         lines.append("- " + _config_line(sweep, row))
@@ -84,10 +91,10 @@ def block(sweep: Sweep, metric: str | None = None) -> str:
         lines.append(f"- ... and {len(ordered) - LISTED} more")
     if not ordered:
         lines.append("- nothing has reported yet")
-    observed = observations(sweep, runs, confirmed, metric)
+    observed = observations(sweep, runs, metric)
     if observed:
         lines += ["", "Observations:", *(f"- {line}" for line in observed)]
-    lines += ["", *_how_it_ran(sweep, runs)]
+    lines += ["", *_how_it_ran(sweep, pd.concat([runs, confirmed]) if len(confirmed) else runs)]
     return "\n".join(lines) + "\n"
 
 
@@ -180,10 +187,16 @@ def device_time(seconds: float, device: str) -> str:
     return f"{seconds / 60:.1f} {kind}-min" if seconds < 6000 else f"{seconds / 3600:.1f} {kind}-h"
 
 
-def observations(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
+def told(sweep: Sweep, runs: pd.DataFrame, metric: str) -> list[str]:
+    """What the tests say, how a race ended, which configs nothing beats in several objectives."""
+    race = race_line(sweep)
+    front = front_line(sweep, tradeoff(sweep, runs, metric), metric) if len(sweep.objectives) > 1 else None
+    return [*differences(sweep, runs, metric), *(line for line in (race, front) if line)]
+
+
+def observations(sweep: Sweep, runs: pd.DataFrame, metric: str) -> list[str]:
     """What the tests say, in sentences; then what the health checks warn of."""
-    said = differences(sweep, runs, metric)
-    said += confirmation(sweep, runs, confirmed, metric)
+    said = told(sweep, runs, metric)
     said += speed(runs)
     for card in cards_of(sweep, metric):
         if card.status != "PASS":
@@ -194,7 +207,7 @@ def observations(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metr
 def differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.05) -> list[str]:
     """What can be told about the best config: whom it beats, whom not, how likely it is the best, how it flatters."""
     sign = -1.0 if sweep.mode(metric) == "min" else 1.0
-    matrix = (sign * pivot(runs)).dropna()
+    matrix = complete(sign * pivot(runs))
     if len(matrix) < 2 or matrix.shape[1] < 2:
         return []
     labels = runs.drop_duplicates("config_key").set_index("config_key")["label"].reindex(matrix.index).tolist()
@@ -236,17 +249,14 @@ def differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.
 def confirmation(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
     """Results on fresh seeds that took no part in choosing: these are the sweep's results."""
     said = []
-    sign = -1.0 if sweep.mode(metric) == "min" else 1.0
-    for key, fresh in confirmed[confirmed["judged"]].groupby("config_key", sort=False):
-        values = fresh["value"].to_numpy(dtype=float)
-        search = runs[(runs["config_key"] == key) & runs["judged"]]["value"].to_numpy(dtype=float)
-        result = t_interval(values)
-        sd = values.std(ddof=1) if len(values) > 1 else np.nan
-        line = f"confirmed on fresh seeds: {fresh['label'].iloc[0]} -> {spread_text(result.estimate, sd, len(values))}"
-        if len(search):
-            curse = confirmed_curse(sign * search, sign * values)
-            line += f"; in the search it was {rounded(search.mean(), sd)}, {rounded(curse.optimism, sd)} too good"
+    for row in confirmed_table(sweep, runs, confirmed, metric).to_dict("records"):
+        line = f"confirmed on fresh seeds: {row['label']} -> {spread_text(row['mean'], row['sd'], row['n'])}"
+        if row["search_n"]:
+            line += f"; in the search it was {rounded(row['search'], row['sd'])}, {flattery(row)}"
         said.append(line)
+    tied = ties(sweep)
+    if said and tied:
+        said.append(f"equal in the search to the last of these and not confirmed: {', '.join(tied[:5])}")
     return said
 
 

@@ -77,8 +77,8 @@ def judged(
 ) -> dict[str, dict[int, float]]:
     """Config key -> seed -> value of the runs that took part in choosing and may be compared, in order of proposal.
 
-    Those are the runs of configs that ran to their end (as `ended` says). A diverged run counts as the worst value of the sweep's runs,
-    as in `analysis.summary.scores`, except in what it cost.
+    Those are the runs of configs that ran to their end (as `ended` says). A diverged run counts as the worst value of
+    the sweep's runs, as in `analysis.summary.scores`, except in what it cost.
     """
     chosen_by = searched(rows)
     finite = [v for row in chosen_by if row["stop_reason"] == "finished" and math.isfinite(v := value(row, metric))]

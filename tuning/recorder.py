@@ -129,9 +129,9 @@ class Recorder(Callback):
             "end", trial=trial, config_key=self._config_of[trial], stop_reason="stopped", epoch=epoch, error=None
         )
         self.on_abandon(trial)
-        fields = ["config_key", "label", "algorithm", "point", "values", "program", "hyper"]
-        fields += ["runs", "epochs", "parent", "phase"]
-        self._write("proposed", index=-1, trial=trial, **{name: config[name] for name in fields})
+        fields = ("config_key", "label", "algorithm", "point", "values", "program", "hyper", "runs", "epochs", "parent")
+        made = {name: config[name] for name in fields}
+        self._write("proposed", index=-1, phase="search", trial=trial, **made)
 
 
 def last_line(text: str) -> str:

@@ -158,7 +158,6 @@ def descend(
         "epochs": config.epochs,
         "reports": [at for at in config.reports if at > epoch],
         "parent": {seed: (key, epoch) for seed, key in donor["runs"].items()},
-        "phase": "search",
     }
 
 
