@@ -313,6 +313,8 @@ def dimensions(patient: Patient) -> Card | None:
     """Dimensions that change nothing, and configs proposed twice."""
     proposed: dict[str, int] = {}
     for event in patient.sweep.events("proposed"):
+        if event.get("phase", "search") != "search":
+            continue  # more seeds on purpose
         key = str(event.get("config_key"))
         proposed[key] = proposed.get(key, 0) + 1
     twice = sum(count - 1 for count in proposed.values())

@@ -48,7 +48,9 @@ def check(plan: SweepPlan, given: Mapping[str, Any]) -> None:
     if plan.confirm > plan.budget:
         raise BadValue(f"--confirm {plan.confirm} is more configs than the sweep tries ({plan.budget})")
     if max(plan.seeds, plan.race_seeds) >= CONFIRMING or plan.confirm_seeds >= CONFIRMING:
-        raise BadValue(f"a config can have {CONFIRMING - 1} seeds to be chosen by, and as many to be confirmed on")
+        raise BadValue(
+            f"a config can have at most {CONFIRMING - 1} seeds to be chosen by, and as many to be confirmed on"
+        )
     if not plan.race:
         return
     if plan.seeds < 2:
