@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,8 @@ from analysis.compare import compare
 from analysis.confirmation import confirmed_table
 from analysis.store import open_sweep
 from analysis.summary import scores
+from tests.sweep_factory import tree
+from tests.test_command_line import refused
 from tests.test_sweeps import assert_consistent
 from tests.toy_sweeps import Process, Swept, sweep
 from tuning.race import looks
@@ -129,6 +132,21 @@ def test_mlflow_tells_phases_apart(raced):
     assert top.data.metrics["best/test_loss"] == raced.runs[raced.runs.phase != "confirm"]["final.test_loss"].min()
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--confirm", "0"), "--confirm 0 should be 1 or more"),
+        (("--confirm", "4"), "more configs than the sweep tries (3)"),
+        (("--race-seeds", "9"), "the race of 'raced' has begun"),
+        (("--margin", "0.1"), "the race of 'raced' has begun"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_finished_sweep_is_one_line(raced, capfd, asked, told):
+    before = tree(raced.folder)
+    assert told in refused(["--resume", "raced", *asked], raced.folder.parent, capfd)
+    assert tree(raced.folder) == before
+
+
 def test_killed_in_a_race_and_again_while_confirming_it_resumes_to_the_same(tmp_path, raced):
     arguments = (*RACE, "--confirm", "2", "--confirm-seeds", "4", "--max-concurrent", "1")
     first = Process(tmp_path, "raced", *arguments)
@@ -154,8 +172,6 @@ def of(events: list, phase: str) -> set[str]:
 
 def test_a_finished_sweep_can_be_confirmed_afterwards_and_further(tmp_path, undisturbed):
     """The journal remembers what was asked, and more of it repeats nothing."""
-    import shutil
-
     shutil.copytree(undisturbed.folder, tmp_path / "whole")
     before = pq.read_table(tmp_path / "whole" / "runs.parquet").to_pandas()
     once = sweep(tmp_path, "whole", "--resume", "whole", "--confirm", "1", "--confirm-seeds", "2")

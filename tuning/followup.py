@@ -45,7 +45,7 @@ def check(plan: SweepPlan, given: Mapping[str, Any]) -> None:
             f"{flag} trains configs on further seeds from their beginning, and what --scheduler pbt finds has none: "
             "its hypers changed on the way; choose another scheduler"
         )
-    if plan.confirm > plan.budget:
+    if plan.confirm and plan.confirm > plan.budget:
         raise BadValue(f"--confirm {plan.confirm} is more configs than the sweep tries ({plan.budget})")
     if max(plan.seeds, plan.race_seeds) >= CONFIRMING or plan.confirm_seeds >= CONFIRMING:
         raise BadValue(
@@ -72,9 +72,17 @@ def ask_again(plan: SweepPlan, given: Mapping[str, Any]) -> SweepPlan:
     """The plan of a sweep that is resumed: what its last session was asked to do after the search, then what this one
     is."""
     asked: dict[str, Any] = {}
+    begun = False
     for event, _ in read(Path(plan.folder) / "journal.jsonl"):
         if event["event"] == "begin":
             asked.update({name: event[name] for name in ASKED if name in event})
+        begun = begun or event["event"] == "race"
+    for name in ("race_seeds", "margin"):
+        if begun and given[name] is not None and given[name] != asked.get(name):
+            raise BadValue(
+                f"--{name.replace('_', '-')} {given[name]:g}: the race of '{plan.name}' has begun, and its looks were "
+                "planned beforehand; leave the flag out"
+            )
     plan = replace(plan, **{**asked, **{name: value for name, value in given.items() if value is not None}})
     check(plan, given)
     return plan

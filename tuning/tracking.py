@@ -171,6 +171,7 @@ class Tracker:
         self._ids["sweep", plain["name"]] = run.info.run_id
         shown = ("sweep", "searcher", "seeds", "seed", "trials", "metric", "engine", "lanes")
         params = {name: plain[name] for name in shown} | {"scheduler": plain["scheduler"]["name"]}
+        params["metric"] = ",".join([plain["metric"], *plain.get("others", ())])
         self._pending[run.info.run_id]["params"] += params.items()
 
     def _run(self, kind: str, key: str, parent: str, name: str, tags: Mapping[str, str], at: int) -> str:
