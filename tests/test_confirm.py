@@ -6,7 +6,6 @@ import re
 import shutil
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -147,6 +146,7 @@ def test_what_cannot_be_asked_of_a_finished_sweep_is_one_line(raced, capfd, aske
     assert tree(raced.folder) == before
 
 
+@pytest.mark.heavy
 def test_killed_in_a_race_and_again_while_confirming_it_resumes_to_the_same(tmp_path, raced):
     arguments = (*RACE, "--confirm", "2", "--confirm-seeds", "4", "--max-concurrent", "1")
     first = Process(tmp_path, "raced", *arguments)
@@ -170,24 +170,34 @@ def of(events: list, phase: str) -> set[str]:
     return {event["trial"] for event in events if event["event"] == "proposed" and event["phase"] == phase}
 
 
-def test_a_finished_sweep_can_be_confirmed_afterwards_and_further(tmp_path, undisturbed):
-    """The journal remembers what was asked, and more of it repeats nothing."""
-    shutil.copytree(undisturbed.folder, tmp_path / "whole")
-    before = pq.read_table(tmp_path / "whole" / "runs.parquet").to_pandas()
-    once = sweep(tmp_path, "whole", "--resume", "whole", "--confirm", "1", "--confirm-seeds", "2")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, undisturbed) -> Swept:
+    """A sweep that had finished, its best config confirmed on two seeds."""
+    storage = tmp_path_factory.mktemp("once")
+    shutil.copytree(undisturbed.folder, storage / "whole")
+    return sweep(storage, "whole", "--resume", "whole", "--confirm", "1", "--confirm-seeds", "2")
+
+
+def test_a_finished_sweep_can_be_confirmed_afterwards(once, undisturbed):
     assert once.code == 0, once.err
+    assert "result: on 2 fresh seeds" in once.out
+    before = undisturbed.runs
     finished = before[before.config_stop_reason == "finished"].groupby("config_key")["final.test_loss"].mean()
     confirmed = once.runs[once.runs.phase == "confirm"]
     assert set(confirmed.config_key) == {finished.idxmin()}
     assert list(confirmed.seed) == [CONFIRMING, CONFIRMING + 1]
     kept = once.runs[once.runs.phase == "search"].reset_index(drop=True)
     assert np.array_equal(kept["final.test_loss"], before["final.test_loss"]), "the search is as it was"
-    assert "result: on 2 fresh seeds" in once.out
     told = [event for event in once.journal if event["event"] == "begin"]
     assert (told[-1]["confirm"], told[-1]["confirm_seeds"]) == (1, 2)
-    again = sweep(tmp_path, "whole", "--resume", "whole", "--confirm-seeds", "3")
+
+
+@pytest.mark.heavy
+def test_more_of_it_repeats_nothing_and_the_journal_remembers_what_was_asked(once):
+    confirmed = once.runs[once.runs.phase == "confirm"]
+    again = sweep(once.folder.parent, "whole", "--resume", "whole", "--confirm-seeds", "3")
     assert again.code == 0, again.err
     more = again.runs[again.runs.phase == "confirm"]
     assert sorted(more.seed) == [CONFIRMING + i for i in range(3)]
     assert set(confirmed.run_key) < set(more.run_key)
-    assert len(again.events("proposed")) == len(before.config_key.unique()) + 2
+    assert len(again.events("proposed")) == again.runs.config_key.nunique() + 2

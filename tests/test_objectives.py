@@ -65,17 +65,20 @@ def vars_of(plan) -> dict:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
-def test_two_objectives_end_to_end_killed_and_resumed(tmp_path):
-    """Proposals after a kill are those the journal's values lead to, device times among them."""
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_two_objectives_end_to_end(tmp_path, killed):
+    """Proposals after a kill are those that the journal's values lead to, device times among them."""
     arguments = (
         "demo", "--metric", "test_loss,device_seconds", "--scheduler", "none", "--trials", "9", "--engine", "serial",
         "--max-concurrent", "1", "--confirm", "1",
     )  # fmt: skip
     process = Process(tmp_path, "both", *arguments)
-    process.when(lambda events: sum(event["event"] == "end" for event in events) >= 6)
-    process.kill()
-    process.wait()
-    swept = sweep(tmp_path, "both", "--resume", "both")
+    if killed:
+        process.when(lambda events: sum(event["event"] == "end" for event in events) >= 6)
+        process.kill()
+    swept = process.wait()
+    if killed:
+        swept = sweep(tmp_path, "both", "--resume", "both")
     assert swept.code == 0, swept.err
     assert_consistent(swept)
     assert "the searcher now proposes" not in swept.log
