@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lanes.engine import Engine, Lane, compile_lanes, send, stack_metrics, tree_map
-from lanes.graphs import GraphedSteps
+from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
 STREAMS = 16
@@ -30,6 +30,7 @@ class _Slot:
         self.rows: dict[str, Tensor] = {}
         self.stream = stream
         self.graphed: GraphedSteps | None = None
+        self.graphed_sums: dict[tuple, GraphedSums] = {}  # by the shapes of what an evaluation reads
 
 
 class BranchedEngine(Engine):
@@ -108,20 +109,23 @@ class BranchedEngine(Engine):
         for key, lane_rows in zip(keys, rows, strict=True):
             slot = self._slot_of[key]
             placed = {name: send(row, self.device) for name, row in lane_rows.items()}
+            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(placed.items()))
+            if shapes not in slot.graphed_sums:
+                slot.graphed_sums[shapes] = self._capture_sums(slot, placed)
             slot.stream.wait_stream(main)
             for row in placed.values():
                 row.record_stream(slot.stream)  # its memory must not be handed out again before that stream has read it
             with torch.cuda.stream(slot.stream):
-                sums = [
-                    self._compiled_evaluate(slot.state, slot.hyper, {name: row[i] for name, row in placed.items()})
-                    for i in range(len(next(iter(placed.values()))))
-                ]
-                totals.append({name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]})
+                totals.append(slot.graphed_sums[shapes].run(placed))
         for key, total in zip(keys, totals, strict=True):
             main.wait_stream(self._slot_of[key].stream)
             for value in total.values():
                 value.record_stream(main)
         return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}, list(range(len(keys)))
+
+    def _capture_sums(self, slot: _Slot, rows: Mapping[str, Tensor]) -> GraphedSums:
+        evaluate = lambda row: self._compiled_evaluate(slot.state, slot.hyper, row)
+        return GraphedSums(evaluate, rows, 0, slot.stream)
 
     def state(self, key: str) -> State:
         return tree_map(torch.clone, self._slot_of[key].state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lanes.engine import Engine, Lane, compile_lanes, send, stack_metrics, tree_map
-from lanes.graphs import GraphedSteps
+from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
 
@@ -43,6 +43,7 @@ class StackedEngine(Engine):
         self._position = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._names: list[str] = []
         self._graphed: GraphedSteps | None = None
+        self._graphed_sums: dict[tuple, GraphedSums] = {}  # by the shapes of what an evaluation reads
         self._stacked_step = vmap(self._step_one)
         self._stacked_evaluate = vmap(self._evaluate_one)
         if compiled:
@@ -62,7 +63,7 @@ class StackedEngine(Engine):
             self._states = tree_map(lambda t: _repeat(t, size), state)
             self._hypers = tree_map(lambda t: _repeat(t, size), dict(hyper))
             self._position = torch.zeros(size, dtype=torch.int64, device=self.device)
-            self._rows, self._graphed = {}, None
+            self._rows, self._graphed, self._graphed_sums = {}, None, {}
         else:
             if None not in self._slots:
                 self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + 1))
@@ -94,7 +95,7 @@ class StackedEngine(Engine):
 
     def _resize(self, kept: list[int], size: int) -> None:
         """Rebuild the stack with the `kept` slots first. Spare slots repeat a kept lane: finite, and never read."""
-        self._graphed = None
+        self._graphed, self._graphed_sums = None, {}
         if not kept:
             self._slots, self._states, self._hypers, self._rows = [], {}, {}, {}
             return
@@ -191,6 +192,12 @@ class StackedEngine(Engine):
             hypers = tree_map(lambda stack: stack.index_select(0, index), self._hypers)
             columns = list(range(len(keys)))
         stacked = {name: send(torch.stack([lane_rows[name] for lane_rows in rows]), self.device) for name in rows[0]}
+        if self.compiled and self.device.type == "cuda":
+            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(stacked.items()))
+            if shapes not in self._graphed_sums:
+                evaluate = lambda row: self._stacked_evaluate(self._states, self._hypers, row)
+                self._graphed_sums[shapes] = GraphedSums(evaluate, stacked, 1)
+            return self._graphed_sums[shapes].run(stacked), columns
         batches = next(iter(stacked.values())).shape[1]
         sums = [
             self._stacked_evaluate(states, hypers, {name: row[:, i] for name, row in stacked.items()})
