@@ -31,14 +31,15 @@ from typing import Annotated, Any
 
 import typer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a script is imported from its own folder; the packages stand one above
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
 from benchmarks.gpu_watch import Watch
-from benchmarks.workloads import WORKLOADS, Job, job_of
+from benchmarks.workloads import WORKLOADS, Job, job_of, text_of
 from trainables.family import BadValue
 
-ARMS = ("ceilings", "count", "tune1", "tune2", "tune4", "tune8", "tune16", "lanewise", "lanewise_again", "kernels", "agree")
+ROOT = Path(__file__).resolve().parent.parent
+SWEEPS = ("tune1", "tune2", "tune4", "tune8", "tune16", "lanewise", "lanewise_again")
+ARMS = ("ceilings", "count", *SWEEPS, "kernels", "agree")
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 60.0
 """Seconds an arm has beyond its cap to write down what it did, before it is ended."""
@@ -64,7 +65,9 @@ def main(
     data_dir: Annotated[Path | None, typer.Option(envvar="LANEWISE_DATA", help="folder of data sets")] = None,
     work: Annotated[Path | None, typer.Option(help="scratch folder, kept [default: under the temporary one]")] = None,
     out: Annotated[Path, typer.Option(help="JSON lines, appended")] = RESULTS / "lanes.jsonl",
-    report: Annotated[bool, typer.Option("--report", help="write OUT's table (.md) and figure (.png), then stop")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="write OUT's table (.md) and figure (.png), then stop")
+    ] = False,
 ) -> None:
     """Run arms and append their results, or report."""
     if report:
@@ -102,7 +105,7 @@ def summary(row: Row) -> str:
         return (
             f"{row['trial_steps_per_s']:.1f} trial-steps/s over {row['wall_s']:.0f} s"
             + (" (capped)" if row["capped"] else "")
-            + f", {row['ended']} of {row['configs']} configs ended, {row['trial_steps']:.0f} trial-steps"
+            + f", {row['reported']} of {row['configs']} configs reported, {row['trial_steps']:.0f} trial-steps"
             + (f", GPU idle {100 * idle:.0f}% once warm" if idle is not None else "")
         )
     return json.dumps(row["found"])[:2000]
@@ -206,9 +209,9 @@ class Bench:
         }
         with Watch(self.gpus) as watch:
             found, error, wall = self._module("benchmarks.tune_arm", spec)
-        notes = [line.split() for path in progress.iterdir() for line in path.read_text().splitlines()]
-        done = sum(max((float(line.split()[1]) for line in p.read_text().splitlines()), default=0) for p in progress.iterdir())
-        times = sorted(float(at) for at, _ in notes)
+        notes = [[line.split() for line in path.read_text().splitlines()] for path in progress.iterdir()]
+        done = sum(float(lines[-1][1]) for lines in notes if lines)
+        times = sorted(float(at) for lines in notes for at, _ in lines)
         found = found or {"results": {}, "errors": [], "seconds": {}}
         error = error or (found["errors"][0] if found["errors"] else "")
         return self._sweep_row(wall, done, found["results"], times, watch, error) | {
@@ -265,8 +268,7 @@ class Bench:
         command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--family", self.job.plan.family]
         config = self.job.configs[len(self.job.configs) // 2]
         for name, value in config.values.items():
-            text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-            command += ["--set", f"{name}={text}"]
+            command += ["--set", f"{name}={text_of(value)}"]
         command += [part for choice in choices for part in ("--engine", choice)]
         command += ["--seconds", str(self.seconds), "--out", str(lines)]
         command += ["--data-dir", str(self.data_dir)] if self.data_dir else []
@@ -278,9 +280,7 @@ class Bench:
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _sweep_row(
-        self, wall: float, done: float, results: Row, times: list[float], watch: Watch, error: str
-    ) -> Row:
+    def _sweep_row(self, wall: float, done: float, results: Row, times: list[float], watch: Watch, error: str) -> Row:
         ended = sum(1 for result in results.values() if result["finished"])
         warm = (times[0], times[-1]) if len(times) > 1 else (None, None)
         return {
@@ -289,7 +289,7 @@ class Bench:
             "trial_steps": done,
             "trial_steps_per_s": done / wall,
             "warm_steps_per_s": done / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else None,
-            "ended": len(results),
+            "reported": len(results),
             "finished": ended,
             "results": results,
             "gpu": watch.summary(*warm) if self.device == "cuda" else None,

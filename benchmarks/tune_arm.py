@@ -1,4 +1,4 @@
-"""The baseline: Ray Tune over the ordinary loop, ASHA and MLflow on. A process of its own: `python -m benchmarks.tune_arm`.
+"""The baseline: Ray Tune over the ordinary loop, ASHA and MLflow on. `python -m benchmarks.tune_arm SPEC`.
 
 What a user who knows Ray writes: `tune.with_resources` at 1/k of a GPU, ASHA with the same rungs, Tune's MLflow
 callback on a local database, a report at each rung. The data is decoded before and lies on the device in each trial.

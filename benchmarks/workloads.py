@@ -160,7 +160,7 @@ def job_of(
     def planned(bundled: bool) -> Job:
         own = work.bundled if bundled else {"data": work.data}
         fields = {**work.fixed, "precision": precision, **work.length(steps, bundled), **own}
-        settings = [f"{field}={_text(value)}" for field, value in fields.items()] + extra
+        settings = [f"{field}={text_of(value)}" for field, value in fields.items()] + extra
         plan = resolve(
             import_module(f"search_spaces.{work.family}").SWEEPS,
             work.sweep,
@@ -200,5 +200,6 @@ def job_of(
     return planned(True)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A field's value as --set takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -58,9 +58,7 @@ class CiVit(Loop):
         p = self.program
         if p.algorithm != "vanilla":
             raise ValueError("the ordinary loop is of the notebook's net without an intervention")
-        self.model = ViT(
-            p.set.side, p.set.channels, p.patch_side, p.width, p.depth, p.heads, p.mlp_ratio, p.classes
-        )
+        self.model = ViT(p.set.side, p.set.channels, p.patch_side, p.width, p.depth, p.heads, p.mlp_ratio, p.classes)
         self.plan = schedule(p)
         self.pixels: Tensor | None = None
 

@@ -53,10 +53,10 @@ class Loop(ABC):
     def evaluate(self, epoch: int) -> dict[str, float]:
         """What the family's `evaluate` gives after that epoch: at least what its headline is made of."""
 
-    def before_epoch(self, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:  # noqa: B027  # most have nothing to do
         """Set learning rates and the like."""
 
-    def before_step(self) -> None:
+    def before_step(self) -> None:  # noqa: B027
         """Change gradients (clipping) before the optimisers run."""
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:

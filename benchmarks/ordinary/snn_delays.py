@@ -118,9 +118,7 @@ class SnnDelays(Loop):
         h = self.hyper
         places = [place.position for place in self.places]
         moved = {id(place) for place in places}
-        norms = [
-            t for m in self.model.modules() if isinstance(m, nn.BatchNorm2d) for t in m.parameters()
-        ]
+        norms = [t for m in self.model.modules() if isinstance(m, nn.BatchNorm2d) for t in m.parameters()]
         moved |= {id(tensor) for tensor in norms}
         weights = [p for p in self.model.parameters() if id(p) not in moved]
         groups = [
@@ -172,9 +170,7 @@ class SnnDelays(Loop):
     def evaluate(self, epoch: int) -> dict[str, float]:
         self.model.eval()
         valid = self.arrays["valid"]
-        parts = [
-            (self.loss(self.samples(index)), len(index)) for index in valid.split(self.program.batch)
-        ]
+        parts = [(self.loss(self.samples(index)), len(index)) for index in valid.split(self.program.batch)]
         right = sum(float(share) * count for (_, share), count in parts)
         return {"valid_accuracy": right / len(valid)}
 

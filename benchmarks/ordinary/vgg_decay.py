@@ -12,7 +12,6 @@ from benchmarks.ordinary.loop import Batch, Loop
 from trainables.vgg_decay.program import DATA_SETS, layers, sizes, steps_per_epoch
 
 
-
 class VggDecay(Loop):
     def build(self) -> None:
         modules: list[nn.Module] = []
