@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,24 @@ def spikes_over_time(x: Tensor, keep: float, alpha: float) -> Tensor:
     return torch.stack(spikes, 2)
 
 
+def spikingjelly_lif(x: Tensor, keep: float, alpha: float) -> Tensor:
+    """The same by spikingjelly's LIFNode on its torch back end (its cupy back end needs cupy)."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    node = neuron.LIFNode(
+        tau=1 / (1 - keep),
+        decay_input=False,
+        surrogate_function=surrogate.ATan(alpha),
+        detach_reset=True,
+        step_mode="m",
+        backend="torch",
+    )
+    return node(x.movedim(2, 0)).movedim(0, 2)
+
+
+Neurons = Callable[[Tensor, float, float], Tensor]
+
+
 class Delays(nn.Module):
     """Depthwise frequency x delay convolution whose delays are learned."""
 
@@ -63,19 +81,19 @@ class Delays(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, channels: int, size: int, taps: int, version: str, keep: float, alpha: float):
+    def __init__(self, channels: int, size: int, taps: int, version: str, keep: float, alpha: float, neurons: Neurons):
         super().__init__()
-        self.keep, self.alpha = keep, alpha
+        self.keep, self.alpha, self.neurons = keep, alpha, neurons
         self.delay = Delays(channels, size, taps, version)
         self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return spikes_over_time(self.norm(self.pointwise(self.delay(x)).float()), self.keep, self.alpha)
+        return self.neurons(self.norm(self.pointwise(self.delay(x)).float()), self.keep, self.alpha)
 
 
 class Net(nn.Module):
-    def __init__(self, program, hyper):
+    def __init__(self, program, hyper, neurons: Neurons):
         super().__init__()
         p = program
         self.keep, self.dropout = 1 - p.dt_ms / hyper.tau_ms, hyper.dropout
@@ -86,7 +104,7 @@ class Net(nn.Module):
         for stage, count in enumerate(p.blocks):
             width, taps = p.channels * 2**stage, kernel_steps(p.max_delay_ms[stage], p.dt_ms)
             size = p.kernel_sizes[stage]
-            parts += [Block(width, size, taps, p.kernel, self.keep, hyper.alpha) for _ in range(count)]
+            parts += [Block(width, size, taps, p.kernel, self.keep, hyper.alpha, neurons) for _ in range(count)]
             if stage + 1 < len(p.blocks):
                 parts += [nn.Conv2d(width, 2 * width, (1, 2), (1, 2), bias=False), nn.BatchNorm2d(2 * width)]
         self.parts = nn.Sequential(*parts)
@@ -106,11 +124,13 @@ class Net(nn.Module):
 
 
 class SnnDelays(Loop):
+    neurons: Neurons = staticmethod(spikes_over_time)
+
     def build(self) -> None:
         p = self.program
         if p.neuron != "lif" or p.bottleneck != "none" or p.fc_delay_ms or p.padding != "batch":
             raise ValueError("the ordinary loop is of the notebook's plain LIF net")
-        self.model = Net(p, self.hyper)
+        self.model = Net(p, self.hyper, self.neurons)
         self.lengths = self.arrays["length"].cpu()
         self.places = [module for module in self.model.modules() if isinstance(module, Delays)]
 
@@ -173,6 +193,10 @@ class SnnDelays(Loop):
         parts = [(self.loss(self.samples(index)), len(index)) for index in valid.split(self.program.batch)]
         right = sum(float(share) * count for (_, share), count in parts)
         return {"valid_accuracy": right / len(valid)}
+
+
+class WithSpikingjelly(SnnDelays):
+    neurons: Neurons = staticmethod(spikingjelly_lif)
 
 
 make = SnnDelays
