@@ -7,8 +7,8 @@
   end, which is one kernel too, is measured where cupy and spikingjelly are both installed.
 
 Times are of forward and backward of all five layers of `stem7|bins=1|3-stages|n_C=32` (batch 32, 100 steps of 10 ms),
-for LANES lanes at once; spikingjelly has no lanes. The least time is that of reading and writing each value once, at the
-measured copy bandwidth. Then whole training steps of the net: ordinary loop, with spikingjelly's neurons, and the
+for LANES lanes at once; spikingjelly has no lanes. The least time is that of reading and writing each value once, at
+the measured copy bandwidth. Then whole training steps of the net: ordinary loop, with spikingjelly's neurons, and the
 family's step (serial engine). Writes `--out` as Markdown.
 """
 
