@@ -139,9 +139,11 @@ class Bench:
         self.device = device or ("cuda" if _has_gpu() else "cpu")
         precision = precision or ("bf16" if self.device == "cuda" else "float32")
         self.data_dir = data_dir.resolve() if data_dir else None
+        before = self._cached()
         self.job: Job = job_of(
             workload, configs, steps, precision, settings, self.data_dir, self.work / "sweeps", bundled
         )
+        self._keep(self._cached() - before)
         self.common: Row = {
             "workload": workload,
             "device": self.device,
@@ -224,9 +226,7 @@ class Bench:
 
         cache, storage = self.work / "cache", self._fresh("sweeps")
         if not again:
-            shutil.rmtree(cache, ignore_errors=True)
-        config = self.job.configs[0]
-        self.job.plan.loaded.load(self.job.plan.loaded.build(config.values)[0], self.data_dir, cache)
+            self._forget()
         command = [sys.executable, str(ROOT / f"tune_{self.job.plan.family}.py"), *self.job.flags]
         command += ["--lanes", "auto", "--quiet", "--name", "bench", "--storage", str(storage)]
         if self.cap:  # a sweep's own limit counts from the search; starting and reporting take the rest
@@ -277,6 +277,24 @@ class Bench:
         kept = ("engine", "lanes", "trial_steps_per_s", "with_evaluation", "setup_s", "peak_GiB")
         found = [{name: row[name] for name in kept} for row in rows]
         return {"found": found, "error": "" if found else error, "stopped_early": error, "wall_s": wall}
+
+    # --- the cache: decoded data is kept, what was probed and compiled can be forgotten -----------------------------
+
+    def _cached(self) -> set[str]:
+        cache = self.work / "cache"
+        return {path.name for path in cache.iterdir()} if cache.is_dir() else set()
+
+    def _kept(self) -> set[str]:
+        notes = self.work / "decoded.json"
+        return set(json.loads(notes.read_text())) if notes.exists() else set()
+
+    def _keep(self, names: set[str]) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / "decoded.json").write_text(json.dumps(sorted(self._kept() | names)))
+
+    def _forget(self) -> None:
+        for name in self._cached() - self._kept():
+            shutil.rmtree(self.work / "cache" / name)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
