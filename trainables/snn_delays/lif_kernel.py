@@ -20,7 +20,7 @@ HALF_PI = tl.constexpr(math.pi / 2)
 
 
 @triton.jit
-def _addresses(neurons, steps, positions, BLOCK: tl.constexpr):
+def _addresses(neurons, steps: tl.constexpr, positions: tl.constexpr, BLOCK: tl.constexpr):
     """Where step 0 of this instance's neurons stands in [G, R, T, N], and which of its places are neurons."""
     neuron = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, position = neuron // positions, neuron % positions
@@ -29,7 +29,7 @@ def _addresses(neurons, steps, positions, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, keep, h, neurons, steps, positions, BLOCK: tl.constexpr):
+def _forward(x, keep, h, neurons, steps: tl.constexpr, positions: tl.constexpr, BLOCK: tl.constexpr):
     at, real = _addresses(neurons, steps, positions, BLOCK)
     k = tl.load(keep + tl.program_id(1))
     v = tl.zeros((BLOCK,), x.dtype.element_ty)
@@ -62,7 +62,7 @@ def _slope(grad, h, a):
 
 
 @triton.jit
-def _backward(grad, h, keep, alpha, out, neurons, steps, positions, BLOCK: tl.constexpr):
+def _backward(grad, h, keep, alpha, out, neurons, steps: tl.constexpr, positions: tl.constexpr, BLOCK: tl.constexpr):
     at, real = _addresses(neurons, steps, positions, BLOCK)
     k, a = tl.load(keep + tl.program_id(1)), tl.load(alpha + tl.program_id(1))
     later = tl.zeros((BLOCK,), grad.dtype.element_ty)
