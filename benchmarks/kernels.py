@@ -40,12 +40,13 @@ def main(
     program, hyper = loaded.build(values)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    arrays = put(loaded.load(program, data_dir, cache_dir()), device)
+    read = loaded.load(program, data_dir, cache_dir())
+    arrays, host_arrays = put(read, device), put(read, "cpu")
     for choice in engine or ["serial:1", "stacked:8"]:
         name, _, lanes = choice.rpartition(":")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        made = make_engine(name, int(lanes), loaded, program, arrays, device)
+        made = make_engine(name, int(lanes), loaded, program, arrays, device, host_arrays)
         begun = time.perf_counter()
         for i in range(int(lanes)):
             made.insert(f"lane{i}", hyper, i)
