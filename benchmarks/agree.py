@@ -94,7 +94,8 @@ def main(spec: dict[str, Any]) -> None:
     family, device, seeds = load_family(spec["family"]), spec["device"], spec["seeds"]
     program, hyper = family.build(spec["values"])
     data_dir = Path(spec["data_dir"]) if spec["data_dir"] else None
-    arrays = put(family.load(program, data_dir, cache_dir()), device)
+    read = family.load(program, data_dir, cache_dir())
+    arrays, host_arrays = put(read, device), put(read, "cpu")
     begun = time.perf_counter()
     plain = []
     for seed in range(seeds):
@@ -102,7 +103,7 @@ def main(spec: dict[str, Any]) -> None:
         if spec["cap"] and time.perf_counter() - begun > spec["cap"] / 2 and len(plain) > 1:
             break
     between = time.perf_counter()
-    engine = make_engine(resolve_engine("stacked", device), seeds, family, program, arrays, device)
+    engine = make_engine(resolve_engine("stacked", device), seeds, family, program, arrays, device, host_arrays)
     stacked = lanes(engine, hyper, seeds, spec["metric"])
     ended = time.perf_counter()
     engine.remove([key for key in engine.lanes if key != "seed0" and key != "seed1"])

@@ -3,8 +3,8 @@
 * `loop`: the operators' plain loop over time;
 * `compiled loop`: the same through torch.compile, which unrolls every step (takes a minute);
 * `kernel`: the Triton kernel (`trainables/snn_delays/lif_kernel.py`; GPU only);
-* `spikingjelly`: its LIFNode in multi-step mode on its torch back end, forward and backward by autograd. Its cupy back
-  end, which is one kernel too, is measured where cupy and spikingjelly are both installed.
+* `spikingjelly`: its LIFNode in multi-step mode, forward and backward by autograd; version 2 chooses by itself how (on
+  a GPU a kernel of its own if what that needs is installed, else steps in PyTorch). Left out where it is not installed.
 
 Times are of forward and backward of all five layers of `stem7|bins=1|3-stages|n_C=32` (batch 32, 100 steps of 10 ms),
 for LANES lanes at once; spikingjelly has no lanes. The least time is that of reading and writing each value once, at
@@ -54,7 +54,7 @@ def operators(forward: Any, backward: Any, lanes: int, batch: int, steps: int, d
     return step
 
 
-def by_spikingjelly(backend: str, batch: int, steps: int, device: str) -> Step:
+def by_spikingjelly(batch: int, steps: int, device: str) -> Step:
     from spikingjelly.activation_based import functional, neuron, surrogate
 
     nodes = [
@@ -64,7 +64,6 @@ def by_spikingjelly(backend: str, batch: int, steps: int, device: str) -> Step:
             surrogate_function=surrogate.ATan(5.0),
             detach_reset=True,
             step_mode="m",
-            backend=backend,
         ).to(device)
         for _ in LAYERS
     ]
@@ -88,9 +87,10 @@ def whole_steps(kind: str, device: str, data_dir: Path | None, seconds: float, s
     job = job_of("snn_delays", 1, 100, "float32", extra, data_dir, cache_dir())
     family = job.plan.loaded
     program, hyper = family.build(job.configs[0].values)
-    arrays = put(family.load(program, data_dir, cache_dir()), device)
+    read = family.load(program, data_dir, cache_dir())
+    arrays, host_arrays = put(read, device), put(read, "cpu")
     if kind == "family":
-        engine = SerialEngine(family, program, arrays, device)
+        engine = SerialEngine(family, program, arrays, device, host_arrays)
         engine.insert("one", hyper, 0)
         advance = lambda: engine.advance(min(5, engine.until_epoch_end()))
         advance()
@@ -160,18 +160,17 @@ def main(
             pair = (lif_kernel.forward, lif_kernel.backward)
             measure("kernel", count, lambda pair=pair, count=count: operators(*pair, count, *sizes))
     if spikingjelly:
-        measure("spikingjelly, torch", 1, lambda: by_spikingjelly("torch", *sizes))
-        if device == "cuda" and importlib.util.find_spec("cupy") is not None:
-            try:
-                measure("spikingjelly, cupy", 1, lambda: by_spikingjelly("cupy", *sizes))
-            except Exception as error:  # not ours: told, and the rest is measured
-                lines.append(f"| spikingjelly, cupy | 1 | failed: {type(error).__name__} | | | |")
+        try:
+            measure("spikingjelly", 1, lambda: by_spikingjelly(*sizes))
+        except Exception as error:  # not ours: told, and the rest is measured
+            lines.append(f"| spikingjelly | 1 | failed: {type(error).__name__} | | | |")
+            spikingjelly = False
     else:
         lines.append("| spikingjelly | | not installed here | | | |")
     lines += ["", "| whole training steps, one lane | steps/s |", "|---|---|"]
     kinds = {
         "ordinary": "ordinary loop",
-        "spikingjelly": "ordinary loop, spikingjelly's neurons (torch)",
+        "spikingjelly": "ordinary loop, spikingjelly's neurons",
         "family": "family, serial",
     }
     for kind, name in kinds.items():

@@ -41,7 +41,7 @@ def spikes_over_time(x: Tensor, keep: float, alpha: float) -> Tensor:
 
 
 def spikingjelly_lif(x: Tensor, keep: float, alpha: float) -> Tensor:
-    """The same by spikingjelly's LIFNode on its torch back end (its cupy back end needs cupy)."""
+    """The same by spikingjelly's LIFNode (version 2: it chooses its back end by itself)."""
     from spikingjelly.activation_based import neuron, surrogate
 
     node = neuron.LIFNode(
@@ -50,7 +50,6 @@ def spikingjelly_lif(x: Tensor, keep: float, alpha: float) -> Tensor:
         surrogate_function=surrogate.ATan(alpha),
         detach_reset=True,
         step_mode="m",
-        backend="torch",
     )
     return node(x.movedim(2, 0)).movedim(0, 2)
 
