@@ -1,6 +1,6 @@
 """Coverage of intervals and error rates of tests, by simulation: `python benchmarks/statistics_simulation.py`.
 
-Writes `benchmarks/results/statistics_simulation.md`. About two minutes on one core; `--repeats` makes it shorter.
+Writes `benchmarks/results/statistics_simulation.md`. A few minutes on one core; `--repeats` makes it shorter.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     text = f"""# Coverage and error rates, by simulation
 
 `python {shlex.join(sys.argv)}`: {args.repeats} repeats of each interval, {args.repeats // 2} of each test,
-{time.perf_counter() - began:.0f} s on one core.
+{time.perf_counter() - began:.0f} s by the clock, on one core.
 Standard errors: 0.003 in the first table, 0.004 near 0.05 in the others.
 
 ## How often a nominal 95% interval holds the truth
