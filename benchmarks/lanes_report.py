@@ -140,8 +140,8 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
     if not kernels:
         return lines
     lines += [
-        f"| engine alone | lanes | trial-steps/s | with evaluation | in a stack | share of {precision} ceiling | share of floor "
-        "| set-up s | peak GiB |",
+        f"| engine alone | lanes | trial-steps/s | with evaluation | in a stack "
+        f"| share of {precision} ceiling | share of floor | set-up s | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in kernels:
