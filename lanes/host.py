@@ -44,6 +44,7 @@ class HostSettings:
         cache_dir: the node's cache of decoded data and probe results.
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
+        make_log: device label -> the file that its host logs to, asked for on the host's node.
     """
 
     engine: str
@@ -54,6 +55,7 @@ class HostSettings:
     cache_dir: Path
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
+    make_log: Callable[[str], str] = lambda label: os.devnull
 
 
 class Host:
@@ -164,11 +166,14 @@ class Host:
 class HostActor:
     """The host behind Ray: calls are queued, a thread of its own trains, reports wake whoever waits for them."""
 
-    def __init__(self, settings: HostSettings, device: str, label: str, log_file: str, threads: int | None):
+    def __init__(self, settings: HostSettings, device: str, label: str, threads: int | None):
         import torch
 
         logging.basicConfig(
-            filename=log_file, level=logging.INFO, format=f"%(asctime)s {label} %(message)s", force=True
+            filename=settings.make_log(label),
+            level=logging.INFO,
+            format=f"%(asctime)s {label} %(message)s",
+            force=True,
         )
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
@@ -270,9 +275,8 @@ class Pool:
     and trials whose node died without a word, are let go.
     """
 
-    def __init__(self, settings: HostSettings, log_file: str, most_hosts: int, cpu_share: float):
+    def __init__(self, settings: HostSettings, most_hosts: int, cpu_share: float):
         self._settings = settings
-        self._log_file = log_file
         self._most_hosts = most_hosts
         self._cpu_share = cpu_share
         self._hosts: dict[Slot, Any] = {}
@@ -355,7 +359,7 @@ class Pool:
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
         )
         device = "cuda" if gpu else "cpu"
-        return actor.remote(self._settings, device, slot.label, self._log_file, None if gpu else 1)
+        return actor.remote(self._settings, device, slot.label, None if gpu else 1)
 
 
 def find_slots() -> list[Slot]:

@@ -5,10 +5,12 @@
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 import typer
@@ -17,9 +19,11 @@ from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
-from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.keeping import check_bucket, only_driver, refuse_existing
+from tuning.runner import Outcome, check_data, run, terminal, write_sweep_json
 from tuning.shared import check_cluster
-from tuning.sweep import SweepPlan, perturbable
+from tuning.storage import Bucket, Storage, StorageError, here_for, open_storage
+from tuning.sweep import SweepPlan, driver_folder, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
@@ -89,8 +93,9 @@ def _command(sweeps: Sweeps) -> Any:
         ] = None,
         name: Annotated[str | None, typer.Option(help="name of this sweep [default: SWEEP and the time]")] = None,
         storage: Annotated[
-            Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE", show_envvar=True)
-        ] = Path("sweeps"),
+            str,
+            typer.Option(help="folder of sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE", show_envvar=True),
+        ] = "sweeps",
         tracking_uri: Annotated[
             str | None, typer.Option(help="MLflow server or database [default: sqlite:///STORAGE/mlflow.db]")
         ] = None,
@@ -106,7 +111,7 @@ def _command(sweeps: Sweeps) -> Any:
             print_sweeps(sweeps)
             return 0
         if resume is not None:
-            plan = SweepPlan.load(storage / checked_name("--resume", resume))
+            plan = load_sweep(storage, checked_name("--resume", resume))
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
             return search(plan, quiet, resume=True)
         plan = resolve(
@@ -161,7 +166,7 @@ def resolve(
     settings: list[str],
     dimensions: list[str],
     name: str | None,
-    storage: Path,
+    storage: str | Path,
     tracking_uri: str | None,
     address: str,
     max_concurrent: int,
@@ -194,7 +199,9 @@ def resolve(
     directed = [key for key, m in family.metrics.items() if m.mode != "none"]
     if objective not in directed:
         raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
-    storage = storage.expanduser().resolve()
+    place = opened(storage)
+    if tracking_uri is not None:
+        check_tracking_uri(tracking_uri)
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
         name=checked_name("--name", name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"),
@@ -212,8 +219,9 @@ def resolve(
         covariates=_covariates(covariates, chosen, family),
         engine=engine,
         lanes=lanes,
-        storage=storage,
-        tracking_uri=tracking_uri or f"sqlite:///{storage / 'mlflow.db'}",
+        storage=driver_folder(place),
+        bucket=place.url if isinstance(place, Bucket) else "",
+        tracking_uri=tracking_uri or ("" if isinstance(place, Bucket) else f"sqlite:///{place.path / 'mlflow.db'}"),
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
@@ -264,6 +272,33 @@ def checked_name(flag: str, name: str) -> str:
     return name
 
 
+def opened(storage: str | Path) -> Storage:
+    """The storage that was named, or `BadValue`."""
+    try:
+        return open_storage(storage)
+    except StorageError as error:
+        raise BadValue(str(error)) from None
+
+
+def load_sweep(storage: str | Path, name: str) -> SweepPlan:
+    """The plan of a sweep that was begun, or `BadValue`."""
+    place = opened(storage)
+    if isinstance(place, Bucket):
+        check_bucket(place.url)
+    return SweepPlan.load(place, name)
+
+
+def check_tracking_uri(uri: str) -> None:
+    """Refuse a password in an address that is recorded with the sweep."""
+    parts = urlsplit(uri)
+    if parts.password is not None or (parts.username and parts.scheme.startswith("http")):
+        shown = f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise BadValue(
+            f"--tracking-uri {shown}: leave the password out of the address, where it would be recorded; give it in "
+            "the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for a database)"
+        )
+
+
 def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
     """Run a plan with everything a person sees. Returns the exit code."""
     check_data(plan)
@@ -271,11 +306,16 @@ def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
         refuse_existing(plan)
     if plan.address:
         check_cluster(plan)
-    if not resume:
-        write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
+    with only_driver(plan) as may_write:
+        if not resume:
+            write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
+        return _run(plan, quiet, resume, may_write)
+
+
+def _run(plan: SweepPlan, quiet: bool, resume: bool, may_write: Callable[[], None]) -> int:
     console = terminal()
     try:
-        outcome = run(plan, console, quiet, resume)
+        outcome = run(plan, console, quiet, resume, may_write)
     except KeyboardInterrupt:
         print(f"interrupted; continue with: {_resume_command(plan)}", file=sys.stderr)
         return 130
@@ -296,12 +336,19 @@ def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     """The three lines: where the report is, how to open MLflow, how to resume."""
     lines = Table.grid(padding=(0, 2))
-    uri = plan.tracking_uri
+    uri = plan.tracking_uri or (
+        f"sqlite:///{here_for(Bucket(plan.bucket), 'read') / 'mlflow.db'}" if plan.bucket else ""
+    )
     if uri.startswith("sqlite:///"):
         opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
         opened = uri
-    lines.add_row("report", _shown(plan.folder / "report" / "index.html"))
+    page = Path(plan.name, "report", "index.html")
+    lines.add_row(
+        "report", _shown(here_for(Bucket(plan.bucket), "read") / page if plan.bucket else plan.storage / page)
+    )
+    if plan.bucket:
+        lines.add_row("", f"{plan.bucket}/{page}")
     lines.add_row("MLflow", opened)
     lines.add_row("resume", _resume_command(plan))
     console.print()
@@ -310,8 +357,9 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
 
 def _resume_command(plan: SweepPlan) -> str:
     script = Path(plan.command[0]).name if plan.command else "tune.py"
-    default = Path("sweeps").resolve() == plan.storage
-    return f"python {script} --resume {plan.name}" + ("" if default else f" --storage {_shown(plan.storage)}")
+    if Path("sweeps").resolve() == plan.storage:
+        return f"python {script} --resume {plan.name}"
+    return f"python {script} --resume {plan.name} --storage {plan.bucket or _shown(plan.storage)}"
 
 
 def _shown(path: Path) -> str:

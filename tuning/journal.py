@@ -38,10 +38,13 @@ class Journal:
         entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
         data = (json.dumps(entry, default=_plain) + "\n").encode()
         with self._lock:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._append(entry, data)
         return entry
+
+    def _append(self, entry: Event, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

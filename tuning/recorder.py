@@ -34,7 +34,7 @@ class Recorder(Callback):
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
-        self._checkpoints = CheckpointStore(plan.folder / "checkpoints")
+        self._checkpoints = CheckpointStore(plan.store.at("checkpoints"))
         self._decisions: dict[str, str] = {}
         self._exploits: dict[str, dict[str, Any]] = {}
         self._last: dict[str, str] = {}  # trial -> what was decided of its last report
@@ -112,7 +112,7 @@ class Recorder(Callback):
     def write_table(self) -> None:
         """runs.parquet as of now."""
         if self._table.rows:
-            self._table.write(self._plan.folder / "runs.parquet")
+            self._table.write(self._plan.store)
         self._written = time.monotonic()
 
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:

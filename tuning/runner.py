@@ -7,21 +7,26 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trainables.family import BadValue
+from tuning.keeping import for_hosts, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
 from tuning.provenance import git, versions
+from tuning.storage import cache_dir
 from tuning.sweep import SweepPlan
+
+if TYPE_CHECKING:
+    pass
 
 log = logging.getLogger(__name__)
 CPU_LANES = 16
@@ -44,14 +49,6 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def cache_dir() -> Path:
-    """The node's cache of decoded data and probe results: $LANEWISE_CACHE, or the user's cache folder."""
-    base = os.environ.get("LANEWISE_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if os.environ.get("LANEWISE_CACHE"):
-        return Path(str(base))
-    return Path(base or Path.home() / ".cache") / "lanewise"
-
-
 def check_data(plan: SweepPlan) -> None:
     """Decode every data set the sweep names, so that a missing or broken file is told before anything is written."""
     seen = set()
@@ -72,18 +69,24 @@ def _some_points(plan: SweepPlan, most: int = 2000) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome:
-    """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file."""
+def run(
+    plan: SweepPlan, console: Console, quiet: bool, resume: bool, may_write: Callable[[], None] = lambda: None
+) -> Outcome:
+    """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file.
+
+    `may_write` (from `only_driver`) raises where another driver has taken over.
+    """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    with _log_file(plan.folder / "log.txt"):
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with _log_file(plan.folder / "log.txt"), shipped_log(plan):
         from tuning.progress import Progress, results_table
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
         with progress:
             sync = _start_sync(plan)
             try:
-                outcome = _search(plan, progress, resume, seconds)
+                outcome = _search(plan, progress, resume, seconds, may_write)
             except Exception:
                 log.exception("the sweep failed")
                 raise
@@ -96,11 +99,13 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
     seconds["whole"] = time.monotonic() - started
     if not quiet:
         console.print(results_table(outcome[1], plan.metric, plan.objective.mode))
-    (plan.folder / "timing.json").write_text(json.dumps(seconds, indent=1))
+    plan.store.write("timing.json", json.dumps(seconds, indent=1).encode())
     return Outcome(dict(progress.ended), outcome[0], outcome[2], seconds)
 
 
-def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float]) -> tuple[bool, Any, int]:
+def _search(
+    plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float], may_write: Callable[[], None]
+) -> tuple[bool, Any, int]:
     """The part inside Ray. Returns (interrupted, rows of the runs table, results the driver took)."""
     begun = time.monotonic()
     os.environ.update(
@@ -116,7 +121,6 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
 
     from lanes.host import HostSettings, Pool, find_slots
     from tuning.demand import release
-    from tuning.journal import Journal
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
     from tuning.runs import RunTable
@@ -156,21 +160,22 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             / len(slots),
             data_dir=plan.data_dir,
             cache_dir=cache_dir(),
-            make_recorder=partial(_make_curve_writer, plan.folder, _curve_metadata(plain), datetime.now(UTC)),
-            make_checkpoints=partial(_make_checkpoint_store, plan.folder),
+            make_recorder=partial(make_curves, for_hosts(plan), _curve_metadata(plain), datetime.now(UTC)),
+            make_checkpoints=partial(make_checkpoints, for_hosts(plan)),
+            make_log=partial(make_log, for_hosts(plan)),
         )
         pool = (
             ray.remote(Pool)
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
-            .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
+            .remote(settings, concurrent, 1 - TRIAL_CPUS)
         )
         if plan.scheduler == "pbt":
             ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         table = RunTable(plain)
         source = make_source(plan)
         scheduler = make_scheduler(plan)
+        journal = open_journal(plan, may_write)
         past = replay(plan, plan.folder / "journal.jsonl", source, scheduler) if resume else Past()
-        journal = Journal(plan.folder / "journal.jsonl")
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
@@ -215,7 +220,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(plan.folder / "ray"),
+                **tune_storage(plan),
                 verbose=0,
                 callbacks=[recorder],
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
@@ -281,19 +286,6 @@ def _curve_metadata(plain: dict[str, Any]) -> dict[bytes, bytes]:
     return metadata(plain["name"], plain["family"], plain["metrics"])
 
 
-def _make_curve_writer(folder: Path, schema_metadata: dict[bytes, bytes], session: datetime, label: str) -> Any:
-    from tuning.curves import CurveWriter
-
-    device = label.replace(":", "").replace("@", "-").replace("/", "-")
-    return CurveWriter(folder, f"{session:%Y%m%dT%H%M%S%f}-{device}-{os.getpid()}", schema_metadata)
-
-
-def _make_checkpoint_store(folder: Path) -> Any:
-    from tuning.checkpoints import CheckpointStore
-
-    return CheckpointStore(folder / "checkpoints")
-
-
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Send what libraries and subprocesses print to the log file; the console keeps the terminal."""
@@ -332,12 +324,14 @@ def write_sweep_json(plan: SweepPlan, code: Path) -> None:
         "versions": versions(),
         "git": git(code),
     }
+    if plan.bucket:
+        shutil.rmtree(plan.folder, ignore_errors=True)  # of a sweep of this name that is gone from the bucket
     plan.folder.mkdir(parents=True)
-    (plan.folder / "sweep.json").write_text(json.dumps(plain, indent=1))
+    plan.store.write("sweep.json", json.dumps(plain, indent=1).encode())
 
 
 def _start_sync(plan: SweepPlan) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", str(plan.storage), "--follow"]
+    command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", plan.where, "--follow"]
     # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
     return subprocess.Popen(
         [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
@@ -354,7 +348,7 @@ def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:
 
 
 def _report(plan: SweepPlan) -> None:
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", str(plan.storage)]
+    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", plan.where]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
     if done.returncode:
         log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))
@@ -363,17 +357,3 @@ def _report(plan: SweepPlan) -> None:
 def _environment() -> dict[str, str]:
     """Subprocesses find the code where this process found it."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def refuse_existing(plan: SweepPlan) -> None:
-    """A sweep's name is taken, or its storage cannot be written: `BadValue`, before anything is written."""
-    if plan.folder.exists():
-        raise BadValue(
-            f"the sweep '{plan.name}' already exists in {plan.storage}: continue it with --resume {plan.name}, or "
-            "choose another --name"
-        )
-    parent = plan.storage
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadValue(f"--storage {plan.storage} cannot be written: {parent} is not a writable folder")

@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from tuning.curves import metadata, write_table
+from tuning.curves import metadata, parquet
 from tuning.journal import Event
+from tuning.storage import Store, as_store
 
 FIXED = {
     "sweep": pa.string(),
@@ -146,7 +147,8 @@ class RunTable:
             arrays[name] = _column([row.get(name) for row in rows])
         return pa.table(arrays)
 
-    def write(self, path: Path) -> None:
+    def write(self, place: Store | Path) -> None:
+        """runs.parquet, in the sweep's folder."""
         plain = self._plain
         schema_metadata = metadata(
             plain["name"],
@@ -156,7 +158,7 @@ class RunTable:
             metric=plain["metric"],
             mode=plain["mode"],
         )
-        write_table(self.to_arrow().replace_schema_metadata(schema_metadata), path)
+        as_store(place).write("runs.parquet", parquet(self.to_arrow().replace_schema_metadata(schema_metadata)))
 
 
 def _flat(value: Any) -> Any:
@@ -171,6 +173,11 @@ def _column(values: list[Any]) -> pa.Array:
     if len(kinds) > 1:
         return pa.array([None if value is None else str(value) for value in values], pa.string())
     return pa.array(values)
+
+
+def tracking_uri(folder: Path, plain: Mapping[str, Any]) -> str:
+    """Where a sweep is tracked; empty in sweep.json: in a database beside the sweeps, on each machine its own."""
+    return plain["tracking_uri"] or f"sqlite:///{folder.parent.resolve() / 'mlflow.db'}"
 
 
 def load_plain(folder: Path) -> dict[str, Any]:

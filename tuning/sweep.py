@@ -12,6 +12,7 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning.storage import Bucket, Folder, Storage, here_for
 
 REDUCTION = 3
 MOST_RUNGS = 3
@@ -72,10 +73,22 @@ class SweepPlan:
     time_budget: float = 0.0
     command: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    bucket: str = ""
+    """URL of the object storage that holds the sweeps; `storage` is then the driver's own folder, of its machine."""
 
     @property
     def folder(self) -> Path:
         return self.storage / self.name
+
+    @property
+    def store(self) -> Storage:
+        """Where the sweep's files go that others read."""
+        return Bucket(self.bucket).at(self.name) if self.bucket else Folder(self.folder)
+
+    @property
+    def where(self) -> str:
+        """The storage as a user names it."""
+        return self.bucket or str(self.storage)
 
     @cached_property
     def loaded(self) -> Family:
@@ -172,7 +185,7 @@ class SweepPlan:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates")
+            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "bucket")
         }
         program, _ = self.loaded.build(self.reference.values)
         schedule = self.loaded.schedule(program)
@@ -198,7 +211,7 @@ class SweepPlan:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any], storage: Path) -> SweepPlan:
+    def from_plain(cls, plain: Mapping[str, Any], storage: Path, bucket: str = "") -> SweepPlan:
         """The plan that `to_plain` described, its folder now under `storage`."""
         known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
         known.update(
@@ -209,19 +222,26 @@ class SweepPlan:
             data_dir=Path(plain["data_dir"]) if plain["data_dir"] else None,
             command=tuple(plain["command"]),
             storage=storage,
+            bucket=bucket,
         )
         return cls(**known)
 
     @classmethod
-    def load(cls, folder: Path) -> SweepPlan:
-        """The plan of the sweep in `folder`, or `BadValue`."""
-        path = folder / "sweep.json"
+    def load(cls, storage: Storage, name: str) -> SweepPlan:
+        """The plan of the sweep `name`, or `BadValue`."""
+        path = f"{storage.at(name)}/sweep.json"
         try:
-            return cls.from_plain(json.loads(path.read_text()), folder.parent)
+            plain = json.loads(storage.at(name).read("sweep.json"))
+            return cls.from_plain(plain, driver_folder(storage), storage.url if isinstance(storage, Bucket) else "")
         except FileNotFoundError:
-            raise BadValue(f"there is no sweep '{folder.name}' in {folder.parent}: {path} does not exist") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise BadValue(f"there is no sweep '{name}' in {storage}: {path} does not exist") from None
+        except (ValueError, KeyError, TypeError) as error:
             raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
+
+
+def driver_folder(storage: Storage) -> Path:
+    """The folder of this machine that a driver works in: the storage itself, where that is a folder."""
+    return storage.path if isinstance(storage, Folder) else here_for(storage, "drive")
 
 
 def perturbable(space: Space, family: Family) -> list[Choice | Range]:

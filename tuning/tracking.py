@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tuning.journal import Event, read
-from tuning.runs import RunTable, load_plain
+from tuning.runs import RunTable, load_plain, tracking_uri
 
 CURVE_POINTS = 1000
 STEPS_ARTIFACT_BYTES = 100_000_000
@@ -49,7 +49,7 @@ class Tracker:
 
         self._folder = folder
         self._plain = load_plain(folder)
-        self._client = MlflowClient(self._plain["tracking_uri"])
+        self._client = MlflowClient(tracking_uri(folder, self._plain))
         self._path = folder / "tracking.json"
         self._state: dict[str, Any] = {"offset": 0, "parts": [], "logged": {}, "artifacts": False}
         if self._path.is_file():
@@ -66,7 +66,7 @@ class Tracker:
         name = f"{self._plain['family']}/{self._plain['sweep']}"
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            uri = self._plain["tracking_uri"]
+            uri = tracking_uri(self._folder, self._plain)
             location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
             # the tag opens MLflow's page for training runs; without it version 3 takes an experiment for a GenAI one
             kind = {"mlflow.experimentKind": "custom_model_development"}
