@@ -336,23 +336,24 @@ def _run(plan: SweepPlan, quiet: bool, resume: bool, may_write: Callable[[], Non
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     """The three lines: where the report is, how to open MLflow, how to resume."""
     lines = Table.grid(padding=(0, 2))
-    uri = plan.tracking_uri or (
-        f"sqlite:///{here_for(Bucket(plan.bucket), 'read') / 'mlflow.db'}" if plan.bucket else ""
-    )
+    uri = plan.tracking_uri or f"sqlite:///{_read_folder(plan) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
-        opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
+        command = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
-        opened = uri
+        command = uri
     page = Path(plan.name, "report", "index.html")
-    lines.add_row(
-        "report", _shown(here_for(Bucket(plan.bucket), "read") / page if plan.bucket else plan.storage / page)
-    )
+    lines.add_row("report", _shown(_read_folder(plan) / page))
     if plan.bucket:
         lines.add_row("", f"{plan.bucket}/{page}")
-    lines.add_row("MLflow", opened)
+    lines.add_row("MLflow", command)
     lines.add_row("resume", _resume_command(plan))
     console.print()
     console.print(lines, soft_wrap=True)
+
+
+def _read_folder(plan: SweepPlan) -> Path:
+    """The storage, or this machine's copy of it for readers."""
+    return here_for(Bucket(plan.bucket), "read") if plan.bucket else plan.storage
 
 
 def _resume_command(plan: SweepPlan) -> str:
