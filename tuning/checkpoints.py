@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+
+from trainables.files import write_atomically
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -34,7 +35,9 @@ class CheckpointStore:
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
         folder = self._folder / run_key
-        folder.mkdir(parents=True, exist_ok=True)
+        # not its parents: where the sweep's own folder has vanished, nothing may be made in its place
+        self._folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
         data = safetensors.torch.save(tensors)
         plain = {
@@ -43,8 +46,8 @@ class CheckpointStore:
             "sha256": hashlib.sha256(data).hexdigest(),
             "extra": dict(extra),
         }
-        _write(folder / f"{step:012d}.safetensors", data)
-        _write(folder / f"{step:012d}.json", json.dumps(plain).encode())
+        write_atomically(folder / f"{step:012d}.safetensors", data)
+        write_atomically(folder / f"{step:012d}.json", json.dumps(plain).encode())
         for old in self._steps(folder)[:-KEPT]:
             (folder / f"{old:012d}.json").unlink(missing_ok=True)
             (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
@@ -102,12 +105,3 @@ def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
             inner = inner.setdefault(parent, {})
         inner[name] = tensor
     return state
-
-
-def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

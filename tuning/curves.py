@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from trainables.files import write_atomically
 
 SCHEMA_VERSION = 1
 FLUSH_SECONDS = 5.0
@@ -26,13 +27,8 @@ def metadata(sweep: str, family: str, metrics: Mapping[str, Any], **more: Any) -
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write beside, flush to disk, rename: a reader sees the whole file or the one before it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    """As Parquet: a reader sees the whole file or the one before it."""
+    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
 class CurveWriter:
