@@ -38,7 +38,7 @@ class ObjectStorage:
         )  # fmt: skip
         self.client.create_bucket(Bucket=BUCKET)
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
 

@@ -19,7 +19,7 @@ from tests.test_interruption import (
 )
 from tests.toy_sweeps import ROOT, UNDISTURBED, Process, Swept
 from trainables.family import BadValue
-from tuning import lease, mirror, segments, storage
+from tuning import lease, mirror, segments
 from tuning.journal import Journal, read
 from tuning.lease import Lease
 from tuning.segments import SegmentJournal, read_from
@@ -252,7 +252,7 @@ class BucketSweep(Process):
         except FileNotFoundError:
             return swept
         prefix = self._prefix.partition(f"{BUCKET}/")[2]
-        logs = sorted(self._server.keys(f"{prefix}/{self.name}/logs/"))
+        logs = sorted(self._server.names(f"{prefix}/{self.name}/logs/"))
         (folder / "log.txt").write_bytes(b"".join(map(self._server.read, logs)))
         return Swept(folder, swept.code, swept.out, swept.err)
 
@@ -270,21 +270,21 @@ def test_killed_and_resumed_on_another_machine_with_nothing_but_the_bucket(serve
     process.wait()
     assert process.left() == []
     shutil.rmtree(first)  # the machine is gone, and this one is somebody else's
-    for key in server.keys("some/where/killed/driver/"):
+    for key in server.names("some/where/killed/driver/"):
         told = {**json.loads(server.read(key)), "host": "gone"}
         server.client.put_object(Bucket=BUCKET, Key=key, Body=json.dumps(told).encode())
     resumed = BucketSweep(server, second, "killed", "--resume", "killed").wait()
     assert "did not say that it ended" in resumed.err
     assert_finished_ones_were_left_alone(resumed)
     assert_resumed_as_if_undisturbed(resumed, undisturbed)
-    assert not server.keys("some/where/killed/driver/")
-    assert not server.keys("some/where/killed/checkpoints/"), "checkpoints of ended configs go"
+    assert not server.names("some/where/killed/driver/")
+    assert not server.names("some/where/killed/checkpoints/"), "checkpoints of ended configs go"
     assert not (tmp_path / "s3:").exists()
 
 
 def test_a_name_that_is_taken_and_a_bucket_that_is_not_there_are_one_line(server, tmp_path, undisturbed):
     Bucket(URL).at("taken").write("sweep.json", b"{}")
-    before = server.keys()
+    before = server.names()
     for name, prefix, told in (
         ("taken", URL, f"the sweep 'taken' already exists in {URL}: continue it with --resume taken"),
         ("new", "s3://no-such-bucket/x", "--storage s3://no-such-bucket/x cannot be used: "),
@@ -294,11 +294,11 @@ def test_a_name_that_is_taken_and_a_bucket_that_is_not_there_are_one_line(server
         assert (refused._process.returncode, out) == (2, "")
         assert err.startswith(told)
         assert len(err.splitlines()) == 1
-    assert server.keys() == before
+    assert server.names() == before
 
 
 def test_secrets_are_written_nowhere(server, tmp_path):
-    for key in server.keys():
+    for key in server.names():
         assert SECRET.encode() not in server.read(key), key
 
 

@@ -107,7 +107,19 @@ class Process:
 
     def kill_one(self, title: str) -> None:
         """SIGKILL one of the processes it started, by the beginning of its title."""
-        os.kill(next(pid for pid, line in self._alive() if line.startswith(title)), signal.SIGKILL)
+        os.kill(self.pids(title)[0], signal.SIGKILL)
+
+    def pids(self, title: str = "") -> list[int]:
+        """Processes it started, itself among them, by a word of their command lines."""
+        return sorted(pid for pid, line in self._alive() if title in line)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
 
     def left(self, seconds: float = 60) -> list[str]:
         """Command lines of what it started and is still there after it had time to go. Not counted are the two agents

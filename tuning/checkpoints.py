@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from tuning.storage import Store, as_store
+from tuning.storage import StorageError, Store, as_store
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -65,6 +65,8 @@ class CheckpointStore:
                 if hashlib.sha256(data).hexdigest() != plain["sha256"]:
                     raise ValueError("the tensors do not match their checksum")
                 return unflatten(safetensors.torch.load(data)), plain["extra"]
+            except StorageError:
+                raise  # it is there, but cannot be had now
             except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
                 log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, error)
         return None

@@ -63,11 +63,6 @@ def make_log(place: Store, label: str) -> str:
     return f"{place}/log.txt"
 
 
-def for_hosts(plan: SweepPlan) -> Store:
-    """The sweep's store as hosts use it: they wait for object storage as long as the driver lets them."""
-    return plan.store.patient() if isinstance(plan.store, Bucket) else plan.store
-
-
 def open_journal(plan: SweepPlan, may_write: Callable[[], None]) -> Journal:
     """The sweep's journal, for its driver; plan.folder / journal.jsonl then holds what there is of it so far."""
     path = plan.folder / "journal.jsonl"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tuning.keeping import for_hosts, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
+from tuning.keeping import make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
 from tuning.provenance import git, versions
 from tuning.storage import cache_dir
 from tuning.sweep import SweepPlan
@@ -160,9 +160,9 @@ def _search(
             / len(slots),
             data_dir=plan.data_dir,
             cache_dir=cache_dir(),
-            make_recorder=partial(make_curves, for_hosts(plan), _curve_metadata(plain), datetime.now(UTC)),
-            make_checkpoints=partial(make_checkpoints, for_hosts(plan)),
-            make_log=partial(make_log, for_hosts(plan)),
+            make_recorder=partial(make_curves, plan.store, _curve_metadata(plain), datetime.now(UTC)),
+            make_checkpoints=partial(make_checkpoints, plan.store),
+            make_log=partial(make_log, plan.store),
         )
         pool = (
             ray.remote(Pool)

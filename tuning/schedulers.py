@@ -23,6 +23,10 @@ from search_spaces.space import Range
 from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan, clamp, perturbable
 
 
+FAILED = ("crashed", "oom", "storage")
+"""Stop reasons of a config that ended by no fault of its values."""
+
+
 class Decided(TrialScheduler):
     """Mixed into a scheduler: tells `on_decision(trial, result, decision)` what it decided.
 
@@ -39,7 +43,7 @@ class Decided(TrialScheduler):
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if result.get("stop_reason") == "crashed":
+        if result.get("stop_reason") in FAILED:
             self.on_trial_error(tune_controller, trial)  # its values say nothing of others
         else:
             super().on_trial_complete(tune_controller, trial, result)

@@ -357,7 +357,7 @@ def outcome_of(result: Mapping[str, Any] | None, error: bool, metric: str) -> tu
         error
         or value is None
         or not math.isfinite(value)
-        or (result or {}).get("stop_reason") in ("diverged", "crashed")
+        or (result or {}).get("stop_reason") in ("diverged", "crashed", "oom", "storage")
     ):
         return FAIL, None
     return (COMPLETE if (result or {}).get("stop_reason") == "finished" else PRUNED), value

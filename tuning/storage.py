@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import os
 import re
 import shutil
@@ -22,15 +21,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from trainables.files import write_atomically
+
 SCHEMES = ("s3", "gs")
 PATIENCE_SECONDS = 600.0
-"""How long the driver waits for object storage that does not answer; hosts wait as long as the driver does."""
+"""How long to go on trying when object storage does not answer, before the sweep stops."""
 HOPELESS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "UNRECOGNIZED")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class StorageError(Exception):
+class StorageError(OSError):
     """Object storage cannot be used; the message is one line and names the URL."""
 
 
@@ -58,25 +59,28 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """Files of a file system: written aside, flushed to disk, renamed."""
+    """Files of a file system: written aside, flushed to disk, renamed.
+
+    Args:
+        path: the folder.
+        root: the sweep's, of which it is part; where that has vanished, nothing is made in its place.
+    """
 
     path: Path
+    root: Path | None = None
 
     def __str__(self) -> str:
         return str(self.path)
 
     def at(self, name: str) -> Folder:
-        return Folder(self.path / name)
+        return Folder(self.path / name, self.root or self.path)
 
     def write(self, key: str, data: bytes) -> None:
         path = self.path / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(scratch, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        if not path.parent.is_dir():
+            (self.root or self.path).stat()
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
 
     def read(self, key: str) -> bytes:
         return (self.path / key).read_bytes()
@@ -112,10 +116,6 @@ class Bucket:
 
     def at(self, name: str) -> Bucket:
         return replace(self, url=f"{self.url}/{name}")
-
-    def patient(self) -> Bucket:
-        """The same for hosts: they wait as long as the driver lets them."""
-        return replace(self, patience=math.inf)
 
     def write(self, key: str, data: bytes) -> None:
         def put() -> None:

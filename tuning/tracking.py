@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from trainables.files import write_atomically
 from tuning.journal import Event, read
 from tuning.runs import RunTable, load_plain, tracking_uri
 
@@ -315,9 +316,7 @@ class Tracker:
         logged[key] = epoch
 
     def _save(self) -> None:
-        scratch = self._path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self._state))
-        os.replace(scratch, self._path)
+        write_atomically(self._path, json.dumps(self._state).encode())
 
 
 def _summary(row: Mapping[str, Any]) -> dict[str, float | None]:

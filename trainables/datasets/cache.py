@@ -6,18 +6,40 @@ whole set or none, and the loser of a race throws its copy away.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pooch
 
 from trainables.family import BadValue
+from trainables.files import write_atomically
+
+_watchers: list[set[Path]] = []
+
+
+@contextlib.contextmanager
+def files_read() -> Iterator[set[Path]]:
+    """Collects the source files that loaders use meanwhile (those already decoded too)."""
+    found: set[Path] = set()
+    _watchers.append(found)
+    try:
+        yield found
+    finally:
+        _watchers.remove(found)
+
+
+def note_read(paths: Sequence[Path]) -> None:
+    """A loader's word that what it returns is made of these files."""
+    for found in _watchers:
+        found.update(path.resolve() for path in paths)
 
 
 def cached(
@@ -31,6 +53,7 @@ def cached(
         sources: the files read; their paths, sizes and modification times name the cached copy.
         build: decodes. It raises `BadValue` naming the file at fault; then nothing is left behind.
     """
+    note_read(sources)
     stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
     folder = cache_dir / f"{name}-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
@@ -38,7 +61,7 @@ def cached(
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
         try:
             for key, array in build().items():
-                np.save(scratch / f"{key}.npy", array)
+                write_atomically(scratch / f"{key}.npy", partial(np.save, arr=array))
             try:
                 os.rename(scratch, folder)
             except OSError:
