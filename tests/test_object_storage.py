@@ -23,7 +23,7 @@ from tuning import lease, mirror, segments
 from tuning.journal import Journal, read
 from tuning.lease import Lease
 from tuning.segments import SegmentJournal, read_from
-from tuning.storage import Bucket, Folder, StorageError, as_store, open_storage
+from tuning.storage import Bucket, Folder, StorageError, as_store, cache_dir, open_storage
 
 URL = f"s3://{BUCKET}/some/where"
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory) -> Iterator[ObjectStorage]:
 @pytest.fixture(params=["folder", "bucket"])
 def store(request, tmp_path):
     if request.param == "folder":
-        return Folder(tmp_path / "sweeps")
+        return Folder(tmp_path)
     request.getfixturevalue("server")
     return Bucket(f"s3://{BUCKET}/{tmp_path.name}")
 
@@ -198,7 +198,9 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(server, quick):
     first.check()
     first.release()
     assert store.names("driver") == []
-    Lease(store).take()
+    second = Lease(store)
+    second.take()
+    second.release()
 
 
 def test_a_driver_that_died_here_is_replaced_at_once_and_one_elsewhere_after_a_wait(server, quick, capsys):
@@ -207,7 +209,9 @@ def test_a_driver_that_died_here_is_replaced_at_once_and_one_elsewhere_after_a_w
     gone.wait()
     here = {**json.loads(Lease(store)._content), "pid": gone.pid}
     store.write("driver/000003-x.json", json.dumps(here).encode())
-    Lease(store).take()
+    next_one = Lease(store)
+    next_one.take()
+    next_one.release()
     assert capsys.readouterr().err == ""
     store = Bucket(URL).at("dead-elsewhere")
     store.write("driver/000007-x.json", json.dumps({**here, "host": "elsewhere"}).encode())
@@ -215,6 +219,7 @@ def test_a_driver_that_died_here_is_replaced_at_once_and_one_elsewhere_after_a_w
     late.take()
     assert "did not say that it ended" in capsys.readouterr().err
     assert [key for key in store.names("driver") if "/000008-" in key]
+    late.release()
 
 
 def test_a_driver_that_was_replaced_writes_no_more(server, tmp_path, quick):
@@ -228,6 +233,7 @@ def test_a_driver_that_was_replaced_writes_no_more(server, tmp_path, quick):
     with pytest.raises(StorageError, match="another driver has taken over"):
         journal.write("end", number=1)
     assert numbers(store, tmp_path) == [0]
+    old.release()
 
 
 # --- whole sweeps ---
@@ -257,11 +263,6 @@ class BucketSweep(Process):
         return Swept(folder, swept.code, swept.out, swept.err)
 
 
-@pytest.fixture(scope="module")
-def swept(server, tmp_path_factory) -> Swept:
-    return BucketSweep(server, tmp_path_factory.mktemp("laptop"), "whole", *UNDISTURBED).wait()
-
-
 def test_killed_and_resumed_on_another_machine_with_nothing_but_the_bucket(server, tmp_path, undisturbed):
     first, second = tmp_path / "first", tmp_path / "second"
     process = BucketSweep(server, first, "killed", *UNDISTURBED)
@@ -269,17 +270,38 @@ def test_killed_and_resumed_on_another_machine_with_nothing_but_the_bucket(serve
     process.kill()
     process.wait()
     assert process.left() == []
-    shutil.rmtree(first)  # the machine is gone, and this one is somebody else's
-    for key in server.names("some/where/killed/driver/"):
-        told = {**json.loads(server.read(key)), "host": "gone"}
-        server.client.put_object(Bucket=BUCKET, Key=key, Body=json.dumps(told).encode())
+    shutil.rmtree(first)  # the machine is gone
+    assert server.names("some/where/killed/driver/")
     resumed = BucketSweep(server, second, "killed", "--resume", "killed").wait()
-    assert "did not say that it ended" in resumed.err
     assert_finished_ones_were_left_alone(resumed)
     assert_resumed_as_if_undisturbed(resumed, undisturbed)
     assert not server.names("some/where/killed/driver/")
     assert not server.names("some/where/killed/checkpoints/"), "checkpoints of ended configs go"
-    assert not (tmp_path / "s3:").exists()
+    assert (second / "cache").is_dir()
+    assert_readable(server, "killed")
+    for key in server.names():
+        assert SECRET.encode() not in server.read(key), key
+
+
+def assert_readable(server: ObjectStorage, name: str) -> None:
+    """The reading commands and MLflow's recorder take the bucket's URL, and put what they write into the bucket."""
+    assert f"some/where/{name}/report/index.html" in server.names()
+    listed = run_module("analysis", "list")
+    assert [line.split()[0] for line in listed.splitlines()] == ["name", name]
+    assert "lr=0.3" in run_module("analysis", "compare", name)
+    assert "test_loss" in run_module("analysis", "journal", name, "--tracking-uri", "none")
+    run_module("analysis", "note", name, "seen from another machine", "--tracking-uri", "none")
+    shutil.rmtree(cache_dir())  # this machine's copy may go at any time
+    journal = run_module("analysis", "journal", name, "--tracking-uri", "none")
+    assert "seen from another machine" in journal
+    assert "delivered, " in run_module("tuning.sync", name)
+
+
+def run_module(module: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", module, *arguments, "--storage", URL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_name_that_is_taken_and_a_bucket_that_is_not_there_are_one_line(server, tmp_path, undisturbed):
@@ -297,11 +319,10 @@ def test_a_name_that_is_taken_and_a_bucket_that_is_not_there_are_one_line(server
     assert server.names() == before
 
 
-def test_secrets_are_written_nowhere(server, tmp_path):
-    for key in server.names():
-        assert SECRET.encode() not in server.read(key), key
-
-
-def analysis(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "analysis", *arguments, "--storage", URL]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["analysis", "tuning.sync"])
+def test_a_sweep_that_is_not_in_the_bucket_is_one_line(server, module):
+    command = [sys.executable, "-m", module, *(["report"] if module == "analysis" else []), "nothing", "--storage", URL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "nothing" in done.stderr

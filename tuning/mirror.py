@@ -44,6 +44,7 @@ def fetch(storage: str | Path, name: str, curves: Iterable[str] = CURVES) -> Pat
     with _alone(folder):
         if not (folder / "sweep.json").is_file() or (folder / "sweep.json").read_bytes() != frozen:
             shutil.rmtree(folder, ignore_errors=True)  # of another sweep that had this name
+        folder.mkdir(parents=True, exist_ok=True)
         here = Folder(folder)
         here.write("sweep.json", frozen)
         fetch_journal(sweep, folder / "journal.jsonl")
