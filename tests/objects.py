@@ -16,7 +16,7 @@ from pathlib import Path
 import boto3
 
 BUCKET = "sweeps-of-tests"
-SECRET = "not-to-be-written-anywhere"
+KEY, SECRET = "key-of-tests", "not-to-be-written-anywhere"
 
 
 class ObjectStorage:
@@ -27,13 +27,13 @@ class ObjectStorage:
         self.endpoint = f"http://127.0.0.1:{port}"
         self.environment = {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": "key-of-tests",
+            "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
             "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
         }
         self.client = boto3.client(
-            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="key-of-tests",
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id=KEY,
             aws_secret_access_key=SECRET,
         )  # fmt: skip
         self.client.create_bucket(Bucket=BUCKET)
