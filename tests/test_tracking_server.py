@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from sqlalchemy import URL, make_url
 
 from tests.objects import BUCKET, ObjectStorage, environment, object_storage
 from tests.postgres import MlflowServer, missing, postgres
@@ -26,7 +27,6 @@ AUTH = """\
 default_permission = NO_PERMISSIONS
 database_uri = {database}
 admin_username = admin
-admin_password = {password}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
@@ -47,20 +47,24 @@ def tracking(tmp_path_factory) -> Iterator[Tracking]:
     password, key = secrets.token_hex(12), secrets.token_hex(12)
     with object_storage(folder) as objects, postgres() as database:
         config = folder / "auth.ini"
-        config.write_text(AUTH.format(database=database.uri(), password=password))
+        url = make_url(database.uri())
+        store = URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
+        config.write_text(AUTH.format(database=store))
         settings = {
             **objects.environment,
+            "PGPASSWORD": str(url.password),
             "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": key,
         }
         arguments = ("--app-name", "basic-auth", "--artifacts-destination", f"s3://{BUCKET}/mlflow")
-        with MlflowServer(database.uri(), folder, *arguments, env=settings) as server:
+        with MlflowServer(store, folder, *arguments, env=settings) as server:
             login = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": password}
             yield Tracking(
                 server.uri,
                 objects,
                 login,
-                (password, key, database.uri(), objects.environment["AWS_SECRET_ACCESS_KEY"]),
+                (password, key, str(url.password), objects.environment["AWS_SECRET_ACCESS_KEY"]),
             )
 
 
