@@ -211,7 +211,9 @@ def about_port(place: str, head: str, port: str) -> Finding:
 
 def about_storage(place: str, folder: str, problem: str) -> Finding:
     fix = f"mount one shared folder at {folder} on every machine, writable by this user" if problem else ""
-    if problem and is_url(folder):
+    if problem.endswith("installed"):
+        fix = "`ray up` installs them"
+    elif problem and is_url(folder):
         fix = "give this machine the bucket's keys (~/.aws/credentials, or a role), AWS_REGION and AWS_ENDPOINT_URL"
     return Finding(place, "storage", f"{folder} {problem or 'is shared and can be written'}", fix)
 

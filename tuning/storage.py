@@ -266,4 +266,6 @@ def _filesystem(scheme: str, bucket: str) -> Any:
 
 
 def _short(told: str) -> str:
-    return told.partition(" (Request ID")[0][:300]
+    """The cause out of pyarrow's words; the URL is told beside it."""
+    _, found, cause = told.partition("AWS Error ")
+    return (cause if found else told).partition(" (Request ID")[0].partition("; Details:")[0][:200]
