@@ -4,7 +4,6 @@
 
 import contextlib
 import os
-import re
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +20,7 @@ from trainables.family import BadValue, Family, load_family
 from tuning.ground import trouble
 from tuning.journal import cut_off
 from tuning.locks import Taken, held
+from tuning.names import checked_name
 from tuning.runner import Outcome, cache_dir, check_data, refuse_existing, run, terminal, write_sweep_json
 from tuning.secrets import redact
 from tuning.shared import check_cluster
@@ -29,7 +29,6 @@ from tuning.values import parse_axis, parse_field, replace_axis, split
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
@@ -266,15 +265,6 @@ def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, .
 def _at_least(flag: str, value: float | None, low: int) -> None:
     if value is not None and value < low:
         raise BadValue(f"{flag} {value} should be {low} or more")
-
-
-def checked_name(flag: str, name: str) -> str:
-    """A name that stays inside the storage folder, or `BadValue`."""
-    if not NAME.fullmatch(name):
-        raise BadValue(
-            f"{flag} {name!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
-        )
-    return name
 
 
 def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:

@@ -12,6 +12,7 @@ import typer
 
 from trainables.family import BadValue
 from tuning.locks import Taken, held
+from tuning.names import checked_name
 from tuning.secrets import RedactingFormatter
 
 FOLLOW_SECONDS = 2.0
@@ -29,7 +30,11 @@ def main(
     handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    folder = storage / name
+    try:
+        folder = storage / checked_name("the name", name)
+    except BadValue as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
     if not (folder / "sweep.json").is_file():
         typer.echo(f"there is no sweep '{name}' in {storage}: {folder / 'sweep.json'} does not exist", err=True)
         raise typer.Exit(2)
