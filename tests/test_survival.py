@@ -218,7 +218,7 @@ def test_a_storage_that_fails_meanwhile_is_one_line_and_resume_goes_on(tmp_path,
 
 
 def test_nothing_secret_is_written_anywhere(tmp_path, monkeypatch):
-    """Secrets in the command, the environment and a database's address, looked for in every file that a sweep leaves."""
+    """Secrets in the command, the environment and the server's address, looked for in every file a sweep leaves."""
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "envtoken-4711")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "envsecret-4712")
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:envpassword-4713@db/x")
