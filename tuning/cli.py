@@ -2,15 +2,14 @@
 
 # no `from __future__ import annotations` here: typer evaluates the annotations below, which close over `sweeps`
 
+import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import torch
 import typer
@@ -19,16 +18,20 @@ from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
-from tuning.keeping import check_bucket, only_driver, refuse_existing
+from tuning.ground import trouble
+from tuning.journal import cut_off
+from tuning.keeping import bring_here, check_bucket, only_driver, refuse_existing
+from tuning.locks import held
+from tuning.names import checked_name
 from tuning.runner import Outcome, check_data, run, terminal, write_sweep_json
+from tuning.secrets import redact
 from tuning.shared import check_cluster
-from tuning.storage import Bucket, Storage, StorageError, here_for, open_storage
+from tuning.storage import Bucket, Folder, Storage, StorageError, cache_dir, here_for, open_storage
 from tuning.sweep import SweepPlan, driver_folder, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
@@ -103,6 +106,10 @@ def _command(sweeps: Sweeps) -> Any:
         resume: Annotated[
             str | None, typer.Option(metavar="NAME", help="continue a sweep that was interrupted")
         ] = None,
+        retry: Annotated[
+            Literal["failed"] | None,
+            typer.Option(help="with --resume: run configs again that crashed, ran out of memory or diverged"),
+        ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
@@ -113,7 +120,9 @@ def _command(sweeps: Sweeps) -> Any:
         if resume is not None:
             plan = load_sweep(storage, checked_name("--resume", resume))
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
-            return search(plan, quiet, resume=True)
+            return search(plan, quiet, resume=True, retry=retry is not None)
+        if retry is not None:
+            raise BadValue(f"--retry {retry} needs --resume NAME: which sweep?")
         plan = resolve(
             sweeps,
             sweep,
@@ -143,6 +152,8 @@ def _command(sweeps: Sweeps) -> Any:
             check_data(plan)
             print_plan(plan, terminal())
             return 0
+        if not quiet and name is None:
+            tell_unfinished(plan)
         return search(plan, quiet, resume=False)
 
     return command
@@ -200,7 +211,7 @@ def resolve(
     if objective not in directed:
         raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
     place = opened(storage)
-    if tracking_uri is not None:
+    if tracking_uri and isinstance(place, Bucket):
         check_tracking_uri(tracking_uri)
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
@@ -263,15 +274,6 @@ def _at_least(flag: str, value: float | None, low: int) -> None:
         raise BadValue(f"{flag} {value} should be {low} or more")
 
 
-def checked_name(flag: str, name: str) -> str:
-    """A name that stays inside the storage folder, or `BadValue`."""
-    if not NAME.fullmatch(name):
-        raise BadValue(
-            f"{flag} {name!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
-        )
-    return name
-
-
 def opened(storage: str | Path) -> Storage:
     """The storage that was named, or `BadValue`."""
     try:
@@ -283,54 +285,101 @@ def opened(storage: str | Path) -> Storage:
 def load_sweep(storage: str | Path, name: str) -> SweepPlan:
     """The plan of a sweep that was begun, or `BadValue`."""
     place = opened(storage)
-    if isinstance(place, Bucket):
-        check_bucket(place.url)
-    return SweepPlan.load(place, name)
+    if isinstance(place, Folder):
+        return SweepPlan.load(place.path / name)
+    check_bucket(place.url)
+    return SweepPlan.load(driver_folder(place) / name, place.url)
 
 
 def check_tracking_uri(uri: str) -> None:
-    """Refuse a password in an address that is recorded with the sweep."""
-    parts = urlsplit(uri)
-    if parts.password is not None or (parts.username and parts.scheme.startswith("http")):
-        shown = f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """Refuse a secret in an address that is recorded in a bucket, where there is no place for this user's eyes alone."""
+    if redact(uri) != uri:
         raise BadValue(
-            f"--tracking-uri {shown}: leave the password out of the address, where it would be recorded; give it in "
-            "the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for a database)"
+            f"--tracking-uri {redact(uri)}: leave the password out of the address, which is recorded in the bucket; "
+            "give it in the environment: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD (PGPASSWORD of a database)"
         )
 
 
-def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
+def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:
     """Run a plan with everything a person sees. Returns the exit code."""
-    check_data(plan)
     if not resume:
         refuse_existing(plan)
-    if plan.address:
-        check_cluster(plan)
-    with only_driver(plan) as may_write:
+    with contextlib.ExitStack() as stack:
+        if resume:
+            may_write = only_driver(plan, stack)
+            bring_here(plan)
+            for change in check_resume(plan):
+                if not quiet:
+                    print(f"warning: since this sweep last ran: {change}", file=sys.stderr)
+        data = check_data(plan)
+        if plan.address:
+            check_cluster(plan)
         if not resume:
-            write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
-        return _run(plan, quiet, resume, may_write)
+            if plan.bucket:
+                may_write = only_driver(plan, stack)
+            write_sweep_json(plan, Path(sys.argv[0]).resolve().parent, data)
+            if not plan.bucket:  # its lock is in the folder
+                may_write = only_driver(plan, stack)
+        return _run(plan, quiet, resume, retry, may_write)
 
 
-def _run(plan: SweepPlan, quiet: bool, resume: bool, may_write: Callable[[], None]) -> int:
+def _run(plan: SweepPlan, quiet: bool, resume: bool, retry: bool, may_write: Callable[[], None]) -> int:
     console = terminal()
+    again = f"continue with: {_resume_command(plan)}"
     try:
-        outcome = run(plan, console, quiet, resume, may_write)
+        outcome = run(plan, console, quiet, resume, retry, last_words=f"stopped at once; {again}", may_write=may_write)
     except KeyboardInterrupt:
-        print(f"interrupted; continue with: {_resume_command(plan)}", file=sys.stderr)
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
+        lost = trouble(plan.folder, error).replace(str(plan.folder), str(plan.store))
+        if lost:
+            print(f"the sweep stopped: {lost}; then {again}", file=sys.stderr)
+            return 1
         # Tune's own errors are whole tracebacks; those are in the log
-        why = (str(error).strip().splitlines() or ["no message"])[-1].strip()
+        why = redact((str(error).strip().splitlines() or ["no message"])[-1].strip())
         print(
-            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; continue with: "
-            f"{_resume_command(plan)}",
+            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; {again}",
             file=sys.stderr,
         )
         return 1
     if not quiet:
         print_end(plan, outcome, console)
-    return 130 if outcome.interrupted else 0
+    if outcome.reason == "too many crashes":
+        print(f"the sweep stopped: {outcome.detail}; mend it, then {again} --retry failed", file=sys.stderr)
+        return 1
+    if outcome.reason == "interrupted":
+        print(f"interrupted; {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_resume(plan: SweepPlan) -> list[str]:
+    """What has changed since the sweep last ran; `BadValue` where it cannot go on."""
+    from tuning.continuity import check
+    from tuning.runs import load_plain
+
+    return check(plan, load_plain(plan.folder), cache_dir())
+
+
+def tell_unfinished(plan: SweepPlan) -> None:
+    """A sweep of this script that was cut off may be what the user means: say how it goes on. At most the newest."""
+    newest: tuple[float, str] | None = None
+    if plan.bucket:  # looking would be a request a sweep
+        return
+    for path in plan.storage.glob("*/journal.jsonl"):
+        try:
+            old = SweepPlan.load(path.parent)
+            if (old.family, old.sweep) != (plan.family, plan.sweep) or not cut_off(path):
+                continue
+            with held(path.with_name("driver.lock")):  # it does not run just now
+                changed = path.stat().st_mtime
+        except (BadValue, OSError):
+            continue
+        if newest is None or changed > newest[0]:
+            newest = changed, _resume_command(old)
+    if newest is not None:
+        print(f"a sweep before this was cut off; it continues with: {newest[1]}", file=sys.stderr)
 
 
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
@@ -340,7 +389,7 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     if uri.startswith("sqlite:///"):
         command = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
-        command = uri
+        command = redact(uri)
     page = Path(plan.name, "report", "index.html")
     lines.add_row("report", _shown(_read_folder(plan) / page))
     if plan.bucket:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 from trainables.family import BadValue
+from trainables.files import write_atomically
 from tuning.journal import Journal
 from tuning.lease import Lease
-from tuning.segments import SegmentJournal
+from tuning.locks import Taken, held
+from tuning.secrets import keep_uri
+from tuning.segments import SegmentJournal, fetch
 from tuning.shipping import LogShipper, send_log
 from tuning.storage import Bucket, StorageError, Store
 from tuning.sweep import SweepPlan
@@ -88,15 +93,49 @@ def shipped_log(plan: SweepPlan) -> Iterator[None]:
         shipper.close()
 
 
-@contextlib.contextmanager
-def only_driver(plan: SweepPlan) -> Iterator[Callable[[], None]]:
-    """Be the one driver of a sweep; yields what raises when that is over (object storage only)."""
-    if not isinstance(plan.store, Bucket):
-        yield lambda: None
-        return
-    lease = Lease(plan.store)
-    lease.take()
+def only_driver(plan: SweepPlan, stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Be the sweep's one driver until `stack` ends. Returns what raises once that is over (object storage only).
+
+    `BadValue` names the driver at work.
+    """
+    if isinstance(plan.store, Bucket):
+        lease = Lease(plan.store)
+        lease.take()
+        stack.callback(lease.release)
+        return lease.check
     try:
-        yield lease.check
-    finally:
-        lease.release()
+        stack.enter_context(held(plan.folder / "driver.lock"))
+    except Taken as error:
+        raise BadValue(
+            f"the sweep '{plan.name}' is being run by {error}: let it finish, or stop it there, before it is resumed"
+        ) from None
+    return lambda: None
+
+
+def bring_here(plan: SweepPlan) -> None:
+    """Fill the driver's folder with what resuming reads: of a folder of sweeps it is there already."""
+    if isinstance(plan.store, Bucket):
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        plan.folder.mkdir(parents=True)
+        (plan.folder / "sweep.json").write_bytes(plan.store.read("sweep.json"))
+        fetch(plan.store, plan.folder / "journal.jsonl")
+
+
+def freeze(plan: SweepPlan, plain: Mapping[str, Any]) -> None:
+    """Make the sweep's folder, with its sweep.json. `BadValue` where that cannot be."""
+    data = json.dumps(plain, indent=1).encode()
+    if plan.bucket:
+        shutil.rmtree(plan.folder, ignore_errors=True)  # of a sweep of this name that is gone from the bucket
+    try:
+        plan.folder.mkdir(parents=True)
+    except FileExistsError:
+        refuse_existing(plan)  # by another driver, this very moment
+    try:
+        if not plan.bucket:
+            keep_uri(plan.folder, plan.tracking_uri)
+        write_atomically(plan.folder / "sweep.json", data)
+        if plan.bucket:
+            plan.store.write("sweep.json", data)
+    except OSError as error:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        raise BadValue(f"--storage {plan.where} cannot be written: {error.strerror or error}") from error

@@ -67,6 +67,10 @@ class RunTable:
                 row.update(trial=event["trial"], config_stop_reason="running", ended_at=None)
                 if row["stop_reason"] == "cancelled":
                     row["stop_reason"] = "running"
+        elif kind == "retry":
+            for key in self.runs_of.get(event["trial"], ()):
+                fresh = {"stop_reason": "pending", "config_stop_reason": "pending"}
+                self.rows[key].update(**fresh, ended_at=None, error=None, rung=None)
         elif kind == "report":
             self._report(event)
         elif kind == "end":
@@ -173,11 +177,6 @@ def _column(values: list[Any]) -> pa.Array:
     if len(kinds) > 1:
         return pa.array([None if value is None else str(value) for value in values], pa.string())
     return pa.array(values)
-
-
-def tracking_uri(folder: Path, plain: Mapping[str, Any]) -> str:
-    """Where a sweep is tracked; empty in sweep.json: in a database beside the sweeps, on each machine its own."""
-    return plain["tracking_uri"] or f"sqlite:///{folder.parent.resolve() / 'mlflow.db'}"
 
 
 def load_plain(folder: Path) -> dict[str, Any]:

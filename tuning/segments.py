@@ -43,6 +43,10 @@ class SegmentJournal(Journal):
         self._small: list[tuple[str, bytes]] = []
         self._merging = ThreadPoolExecutor(1, "merge")
 
+    @property
+    def _place(self) -> str:
+        return f"{self._store}/journal"
+
     def _append(self, event: Event, line: bytes) -> None:
         self._held.append(line)
         if event["event"] != HELD:

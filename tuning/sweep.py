@@ -12,6 +12,7 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning.secrets import redact, redact_command, tracking_uri
 from tuning.storage import Bucket, Folder, Storage, here_for
 
 REDUCTION = 3
@@ -194,8 +195,9 @@ class SweepPlan:
             "base": dict(self.base),
             "space": self.space.to_plain(),
             "covariates": list(self.covariates),
+            "tracking_uri": redact(self.tracking_uri),
             "data_dir": str(self.data_dir) if self.data_dir else None,
-            "command": list(self.command),
+            "command": redact_command(self.command),
             "headline": self.loaded.headline,
             "mode": self.objective.mode,
             "metrics": {name: asdict(metric) for name, metric in self.loaded.metrics.items()},
@@ -227,15 +229,20 @@ class SweepPlan:
         return cls(**known)
 
     @classmethod
-    def load(cls, storage: Storage, name: str) -> SweepPlan:
-        """The plan of the sweep `name`, or `BadValue`."""
-        path = f"{storage.at(name)}/sweep.json"
+    def load(cls, folder: Path, bucket: str = "") -> SweepPlan:
+        """The plan of the sweep in `folder`, or in the bucket for which that is the driver's folder; or `BadValue`."""
+        place = Bucket(bucket).at(folder.name) if bucket else Folder(folder)
+        path = f"{place}/sweep.json"
         try:
-            plain = json.loads(storage.at(name).read("sweep.json"))
-            return cls.from_plain(plain, driver_folder(storage), storage.url if isinstance(storage, Bucket) else "")
+            plain = json.loads(place.read("sweep.json"))
+            uri = plain["tracking_uri"] if bucket else tracking_uri(folder, plain)
+            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket)
         except FileNotFoundError:
-            raise BadValue(f"there is no sweep '{name}' in {storage}: {path} does not exist") from None
-        except (ValueError, KeyError, TypeError) as error:
+            where = bucket or folder.parent
+            raise BadValue(f"there is no sweep '{folder.name}' in {where}: {path} does not exist") from None
+        except OSError as error:
+            raise BadValue(f"{path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
 
 
@@ -261,3 +268,8 @@ def clamp(space: Space, point: Point) -> Point:
             value = min(max(point[axis.name], axis.low), axis.high)
             inside[axis.name] = round(value) if axis.integer else value
     return inside
+
+
+def thaw(point: Mapping[str, Any]) -> Point:
+    """A point read from JSON: lists are tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}

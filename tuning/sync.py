@@ -14,7 +14,10 @@ import typer
 
 from trainables.family import BadValue
 from tuning import mirror
+from tuning.locks import Taken, held
+from tuning.names import checked_name
 from tuning.runs import load_plain
+from tuning.secrets import RedactingFormatter
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -29,21 +32,24 @@ def main(
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s sync %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    look = partial(mirror.fetch, storage, name) if mirror.is_url(storage) else lambda: Path(storage) / name
     try:
+        checked_name("the name", name)
+        look = partial(mirror.fetch, storage, name) if mirror.is_url(storage) else lambda: Path(storage) / name
         folder = look()
         if not (folder / "sweep.json").is_file():
             raise FileNotFoundError
     except FileNotFoundError:
         typer.echo(f"there is no sweep '{name}' in {storage}: {storage}/{name}/sweep.json does not exist", err=True)
         raise typer.Exit(2) from None
-    except mirror.StorageError as error:
+    except (BadValue, mirror.StorageError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     try:
-        sent = deliver(folder, follow, look, storage)
+        sent = deliver_alone(folder, follow, look, storage)
         if mirror.is_url(storage) and load_plain(folder)["tracking_uri"]:
             mirror.publish(storage, name, [folder / "tracking.json"])
     except (BadValue, mirror.StorageError) as error:
@@ -51,6 +57,20 @@ def main(
         raise typer.Exit(3) from None
     if not follow:
         typer.echo(f"{name}: delivered, {sent} new events and points")
+
+
+def deliver_alone(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
+    """`deliver`, one process at a time: two would both make the runs that neither finds. The recorder of a driver that
+    was killed delivers what it left; the next one's waits for it."""
+    begun = time.monotonic()
+    while True:
+        try:
+            with held(folder / "sync.lock"):
+                return deliver(folder, follow, look, storage)
+        except Taken as error:
+            if not follow and time.monotonic() - begun > PATIENCE_SECONDS:
+                raise BadValue(f"{folder.name} is being delivered by {error}: it needs no second") from None
+        time.sleep(FOLLOW_SECONDS / 4)
 
 
 def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from trainables.files import write_atomically
 from tuning.journal import Event, read
-from tuning.runs import RunTable, load_plain, tracking_uri
+from tuning.runs import RunTable, load_plain
+from tuning.secrets import tracking_uri
 
 CURVE_POINTS = 1000
 STEPS_ARTIFACT_BYTES = 100_000_000
@@ -122,6 +123,9 @@ class Tracker:
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
                 self._client.log_artifact(run, str(self._folder / name))
+        for path in sorted((self._folder / "errors").glob("*.txt")):
+            if ("config", path.stem) in self._ids:
+                self._client.log_artifact(self._ids["config", path.stem], str(path))
         for kind in ("epochs", "steps", "covariates"):
             folder = self._folder / kind
             if not folder.is_dir():
