@@ -20,13 +20,20 @@ from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
 from tuning.ground import trouble
 from tuning.journal import cut_off
-from tuning.keeping import bring_here, check_bucket, only_driver, refuse_existing
+from tuning.keeping import (
+    bring_here,
+    check_tracking_uri,
+    load_sweep,
+    only_driver,
+    opened,
+    refuse_existing,
+)
 from tuning.locks import held
 from tuning.names import checked_name
 from tuning.runner import Outcome, check_data, run, terminal, write_sweep_json
 from tuning.secrets import redact
 from tuning.shared import check_cluster
-from tuning.storage import Bucket, Folder, Storage, StorageError, cache_dir, here_for, open_storage
+from tuning.storage import Bucket, cache_dir, here_for
 from tuning.sweep import SweepPlan, driver_folder, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
@@ -272,32 +279,6 @@ def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, .
 def _at_least(flag: str, value: float | None, low: int) -> None:
     if value is not None and value < low:
         raise BadValue(f"{flag} {value} should be {low} or more")
-
-
-def opened(storage: str | Path) -> Storage:
-    """The storage that was named, or `BadValue`."""
-    try:
-        return open_storage(storage)
-    except StorageError as error:
-        raise BadValue(str(error)) from None
-
-
-def load_sweep(storage: str | Path, name: str) -> SweepPlan:
-    """The plan of a sweep that was begun, or `BadValue`."""
-    place = opened(storage)
-    if isinstance(place, Folder):
-        return SweepPlan.load(place.path / name)
-    check_bucket(place.url)
-    return SweepPlan.load(driver_folder(place) / name, place.url)
-
-
-def check_tracking_uri(uri: str) -> None:
-    """Refuse a secret in an address that is recorded in a bucket, where there is no place for this user's eyes alone."""
-    if redact(uri) != uri:
-        raise BadValue(
-            f"--tracking-uri {redact(uri)}: leave the password out of the address, which is recorded in the bucket; "
-            "give it in the environment: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD (PGPASSWORD of a database)"
-        )
 
 
 def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from trainables.family import BadValue
@@ -15,11 +16,37 @@ from trainables.files import write_atomically
 from tuning.journal import Journal
 from tuning.lease import Lease
 from tuning.locks import Taken, held
-from tuning.secrets import keep_uri
+from tuning.secrets import keep_uri, redact
 from tuning.segments import SegmentJournal, fetch
 from tuning.shipping import LogShipper, send_log
-from tuning.storage import Bucket, StorageError, Store
-from tuning.sweep import SweepPlan
+from tuning.storage import Bucket, Folder, Storage, StorageError, Store, open_storage
+from tuning.sweep import SweepPlan, driver_folder
+
+
+def opened(storage: str | Path) -> Storage:
+    """The storage that was named, or `BadValue`."""
+    try:
+        return open_storage(storage)
+    except StorageError as error:
+        raise BadValue(str(error)) from None
+
+
+def load_sweep(storage: str | Path, name: str) -> SweepPlan:
+    """The plan of a sweep that was begun, or `BadValue`."""
+    place = opened(storage)
+    if isinstance(place, Folder):
+        return SweepPlan.load(place.path / name)
+    check_bucket(place.url)
+    return SweepPlan.load(driver_folder(place) / name, place.url)
+
+
+def check_tracking_uri(uri: str) -> None:
+    """Refuse a secret in an address that is recorded in a bucket, where no place is for this user's eyes alone."""
+    if redact(uri) != uri:
+        raise BadValue(
+            f"--tracking-uri {redact(uri)}: leave the password out of the address, which is recorded in the bucket; "
+            "give it in the environment: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD (PGPASSWORD of a database)"
+        )
 
 
 def refuse_existing(plan: SweepPlan) -> None:
