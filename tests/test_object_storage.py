@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from analysis.compare import compare
+from analysis.journal import add_note, write_journal
+from analysis.summary import list_sweeps
 from tests.objects import BUCKET, SECRET, ObjectStorage, environment, object_storage
 from tests.test_interruption import (
     assert_finished_ones_were_left_alone,
@@ -20,6 +23,7 @@ from tests.test_interruption import (
 from tests.toy_sweeps import ROOT, UNDISTURBED, Process, Swept
 from trainables.family import BadValue
 from tuning import lease, mirror, segments
+from tuning.ground import StorageFailed
 from tuning.journal import Journal, read
 from tuning.lease import Lease
 from tuning.segments import SegmentJournal, read_from
@@ -230,7 +234,7 @@ def test_a_driver_that_was_replaced_writes_no_more(server, tmp_path, quick):
     journal.write("begin", number=0)
     store.write("driver/000002-later.json", b"{}")
     old._renewed -= 3600  # it was suspended for an hour
-    with pytest.raises(StorageError, match="another driver has taken over"):
+    with pytest.raises(StorageFailed, match="another driver has taken over"):
         journal.write("end", number=1)
     assert numbers(store, tmp_path) == [0]
     old.release()
@@ -284,24 +288,19 @@ def test_killed_and_resumed_on_another_machine_with_nothing_but_the_bucket(serve
 
 
 def assert_readable(server: ObjectStorage, name: str) -> None:
-    """The reading commands and MLflow's recorder take the bucket's URL, and put what they write into the bucket."""
+    """The reading functions and MLflow's recorder take the bucket's URL, and put what they write into the bucket."""
     assert f"some/where/{name}/report/index.html" in server.names()
-    listed = run_module("analysis", "list")
-    assert [line.split()[0] for line in listed.splitlines()] == ["name", name]
-    assert "lr=0.3" in run_module("analysis", "compare", name)
-    assert "test_loss" in run_module("analysis", "journal", name, "--tracking-uri", "none")
-    run_module("analysis", "note", name, "seen from another machine", "--tracking-uri", "none")
+    assert list(list_sweeps(URL)["name"]) == [name]
+    assert len(compare(URL, [name], at="epoch=1").arms) == 6
+    add_note(URL, name, "seen from another machine")
     shutil.rmtree(cache_dir())  # this machine's copy may go at any time
-    journal = run_module("analysis", "journal", name, "--tracking-uri", "none")
-    assert "seen from another machine" in journal
-    assert "delivered, " in run_module("tuning.sync", name)
-
-
-def run_module(module: str, *arguments: str) -> str:
-    command = [sys.executable, "-m", module, *arguments, "--storage", URL]
+    journal = write_journal(URL, name).read_bytes()
+    assert b"seen from another machine" in journal
+    assert server.read(f"some/where/{name}/journal.md") == journal
+    command = [sys.executable, "-m", "tuning.sync", name, "--storage", URL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert f"{name}: delivered, " in done.stdout
 
 
 def test_a_name_that_is_taken_and_a_bucket_that_is_not_there_are_one_line(server, tmp_path, undisturbed):
