@@ -10,6 +10,7 @@ of one write (seconds, on a machine that was suspended) may write one entry besi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from trainables.family import BadValue
@@ -64,7 +66,8 @@ class Lease:
     def release(self) -> None:
         self._ended.set()
         if not self._lost:
-            self._store.remove(self._key)
+            with contextlib.suppress(StorageError):  # it goes stale by itself
+                replace(self._store, patience=10.0).remove(self._key)
 
     # --- inside ---
 

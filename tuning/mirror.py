@@ -56,7 +56,7 @@ def fetch(storage: str | Path, name: str, curves: Iterable[str] = CURVES) -> Pat
                 here.write(key, sweep.read(key))
 
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(bring, [*WHOLE, *wanted]))
+            list(pool.map(bring, [*WHOLE, *sweep.names("errors"), *wanted]))
     return folder
 
 
