@@ -26,7 +26,12 @@ CPU_ALLOCATOR = RuntimeError(
     "80000000000000 bytes. Error code 12 (Cannot allocate memory)"
 )
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-ERRORS = {"cuda": CUDA, "python": MemoryError(), "cpu allocator": CPU_ALLOCATOR}
+ERRORS = {
+    "cuda": CUDA,
+    "python": MemoryError(),
+    "cpu allocator": CPU_ALLOCATOR,
+    "map": OSError(12, "Cannot allocate memory"),
+}
 
 
 class Strict(Memory):

@@ -361,9 +361,9 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
         opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
         opened = redact(uri)
-    lines.add_row("report", _shown(plan.folder / "report" / "index.html"))
-    lines.add_row("MLflow", opened)
-    lines.add_row("resume", _resume_command(plan))
+    lines.add_row("report", Text(_shown(plan.folder / "report" / "index.html")))
+    lines.add_row("MLflow", Text(opened))
+    lines.add_row("resume", Text(_resume_command(plan)))
     console.print()
     console.print(lines, soft_wrap=True)
 
