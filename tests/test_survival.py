@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -137,22 +136,6 @@ def test_ctrl_c_twice_is_now(tmp_path, undisturbed):
 # --- storage ---
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB, and what to do with it."""
-    if os.geteuid():
-        pytest.skip("not root: a small file system cannot be mounted")
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"this container forbids mounts: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
-
-
 def fill(place: Path) -> Path:
     """Take all the room that is left."""
     block = place / "block"
@@ -169,10 +152,7 @@ def fill(place: Path) -> Path:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "ground",
-    ["full", "read-only", "gone"],
-)
+@pytest.mark.parametrize("ground", ["full", "gone"])
 def test_a_storage_that_fails_meanwhile_is_one_line_and_resume_goes_on(tmp_path, small_disk, undisturbed, ground):
     storage = small_disk / "sweeps"
     database = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -181,26 +161,19 @@ def test_a_storage_that_fails_meanwhile_is_one_line_and_resume_goes_on(tmp_path,
     os.kill(process._process.pid, signal.SIGSTOP)
     if ground == "full":
         block = fill(small_disk)
-    elif ground == "read-only":
-        remount = subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], capture_output=True, text=True)
-        if remount.returncode:
-            os.kill(process._process.pid, signal.SIGKILL)
-            pytest.skip(f"files are open for writing: {remount.stderr.strip()}")
     else:
         os.rename(storage / "whole", storage / "elsewhere")
     os.kill(process._process.pid, signal.SIGCONT)
     swept = process.wait()
     assert swept.code == 1, swept.err
     told = one_line(swept.err)
-    expected = {"full": "the storage is full", "read-only": "read-only", "gone": "has vanished"}[ground]
+    expected = {"full": "the storage is full", "gone": "has vanished"}[ground]
     assert told.startswith("the sweep stopped: ")
     assert expected in told
     assert "--resume whole" in told
     assert process.left() == []
     if ground == "full":
         block.unlink()
-    elif ground == "read-only":
-        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     else:
         assert not (storage / "whole").exists(), "nothing is made in its place"
         os.rename(storage / "elsewhere", storage / "whole")
