@@ -46,6 +46,7 @@ class HostSettings:
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
         make_log: device label -> the file that its host logs to, asked for on the host's node.
+        make_formatter: format -> what formats the host's log.
     """
 
     engine: str
@@ -57,6 +58,7 @@ class HostSettings:
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
     make_log: Callable[[str], str] = lambda label: os.devnull
+    make_formatter: Callable[[str], logging.Formatter] = logging.Formatter
 
 
 class Host:
@@ -237,12 +239,9 @@ class HostActor:
     def __init__(self, settings: HostSettings, device: str, label: str, threads: int | None):
         import torch
 
-        logging.basicConfig(
-            filename=settings.make_log(label),
-            level=logging.INFO,
-            format=f"%(asctime)s {label} %(message)s",
-            force=True,
-        )
+        handler = logging.FileHandler(settings.make_log(label))
+        handler.setFormatter(settings.make_formatter(f"%(asctime)s {label} %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
             torch.set_num_threads(threads)

@@ -372,11 +372,11 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     else:
         command = redact(uri)
     page = Path(plan.name, "report", "index.html")
-    lines.add_row("report", _shown(_read_folder(plan) / page))
+    lines.add_row("report", Text(_shown(_read_folder(plan) / page)))
     if plan.bucket:
-        lines.add_row("", f"{plan.bucket}/{page}")
-    lines.add_row("MLflow", command)
-    lines.add_row("resume", _resume_command(plan))
+        lines.add_row("", Text(f"{plan.bucket}/{page}"))
+    lines.add_row("MLflow", Text(command))
+    lines.add_row("resume", Text(_resume_command(plan)))
     console.print()
     console.print(lines, soft_wrap=True)
 

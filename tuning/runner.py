@@ -196,6 +196,7 @@ def _search(
             make_recorder=partial(make_curves, plan.store, _curve_metadata(plain), journal.now),
             make_checkpoints=partial(make_checkpoints, plan.store),
             make_log=partial(make_log, plan.store),
+            make_formatter=RedactingFormatter,
         )
         pool = (
             ray.remote(Pool)
