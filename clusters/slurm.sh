@@ -27,6 +27,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN       # a token of this job's own
 RAY_AUTH_TOKEN=$(.venv/bin/python -c 'import secrets; print(secrets.token_hex(32))')
 export PATH=$PWD/.venv/bin:$PATH                # `ray symmetric-run` starts plain `ray`
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300   # 30 s are short for Python on a shared file system
+export RAY_gcs_rpc_server_reconnect_timeout_s=15    # the other nodes end this long after the sweep, instead of 60 s
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # an address, not a name: what a node calls itself may be its loopback, and Ray's own resolver does not read /etc/hosts
 head=$(getent ahostsv4 "$node" | awk '$1 !~ /^127\./ {print $1; exit}')
