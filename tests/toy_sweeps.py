@@ -47,7 +47,7 @@ class Swept:
     def table(self, kind: str) -> pd.DataFrame:
         """epochs or steps, the last of rows written twice, as docs/storage.md says."""
         by = ["run_key", {"steps": "step", "epochs": "epoch"}[kind]]
-        rows = pd.concat([pq.read_table(path).to_pandas() for path in sorted((self.folder / kind).iterdir())])
+        rows = pd.concat([pq.read_table(path).to_pandas() for path in sorted((self.folder / kind).glob("*.parquet"))])
         return rows.drop_duplicates(by, keep="last").sort_values(by).reset_index(drop=True)
 
     @property

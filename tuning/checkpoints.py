@@ -1,7 +1,8 @@
 """Checkpoints of runs: safetensors for the state, JSON for what goes with it; nothing in them can execute.
 
 `<folder>/<run_key>/<step>.safetensors` and `<step>.json` (schema version, SHA-256 of the tensors file, the run's curves
-so far). The JSON is written last and names the checksum, so that a pair is whole or does not count. Two pairs are kept.
+so far, SHA-256 of all that). The JSON is written last and names the checksums, so that a pair is whole or does not
+count. Two pairs are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 
 from trainables.files import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNCHECKED = 1
+"""The version before: its JSON had no checksum of its own."""
 KEPT = 2
 SEPARATOR = "::"
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class CheckpointStore:
             "sha256": hashlib.sha256(data).hexdigest(),
             "extra": dict(extra),
         }
+        plain["check"] = _checksum(plain)
         write_atomically(folder / f"{step:012d}.safetensors", data)
         write_atomically(folder / f"{step:012d}.json", json.dumps(plain).encode())
         for old in self._steps(folder)[:-KEPT]:
@@ -64,15 +68,10 @@ class CheckpointStore:
         for step in reversed(steps):
             path = folder / f"{step:012d}.json"
             try:
-                plain = json.loads(path.read_text())
-                if plain["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema version {plain['schema_version']}, this is {SCHEMA_VERSION}")
-                data = path.with_suffix(".safetensors").read_bytes()
-                if hashlib.sha256(data).hexdigest() != plain["sha256"]:
-                    raise ValueError("the tensors do not match their checksum")
-                return unflatten(safetensors.torch.load(data)), plain["extra"]
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                log.warning("checkpoint %s is unusable (%s): falling back to the one before", path, error)
+                return _read(path)
+            except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+                why = " ".join(str(error).split())
+                log.warning("checkpoint %s is unusable (%s): falling back to the one before", path, why)
         return None
 
     def discard(self, run_key: str) -> None:
@@ -81,7 +80,29 @@ class CheckpointStore:
 
     @staticmethod
     def _steps(folder: Path) -> list[int]:
-        return sorted(int(path.stem) for path in folder.glob("[0-9]*.json"))
+        return sorted(int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdecimal())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, extra) of the pair whose JSON this is. Raises ValueError, or what reading raises, where it is damaged."""
+    plain = json.loads(path.read_bytes())
+    if not isinstance(plain, dict):
+        raise ValueError("its JSON is not what a checkpoint holds")
+    version = plain.get("schema_version")
+    if version not in (UNCHECKED, SCHEMA_VERSION):
+        raise ValueError(f"schema version {version}, this is {SCHEMA_VERSION}")
+    if version != UNCHECKED and plain.pop("check", None) != _checksum(plain):
+        raise ValueError("its JSON does not match its checksum")
+    data = path.with_suffix(".safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
+        raise ValueError("the tensors do not match their checksum")
+    if not isinstance(plain.get("extra"), dict):
+        raise ValueError("its JSON is not what a checkpoint holds")
+    return unflatten(safetensors.torch.load(data)), plain["extra"]
+
+
+def _checksum(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

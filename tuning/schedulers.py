@@ -22,7 +22,6 @@ from ray.tune.schedulers import (
 from search_spaces.space import Range
 from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan, clamp, perturbable
 
-
 FAILED = ("crashed", "oom", "storage")
 """Stop reasons of a config that ended by no fault of its values."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -55,6 +56,7 @@ def deliver(folder: Path, follow: int = 0) -> int:
             over = over or tracker.finished
             if over:
                 tracker.artifacts()
+                tracker.settle()
                 return sent
         except Exception as error:
             away_since = away_since or time.monotonic()
@@ -79,6 +81,9 @@ def _finished(folder: Path) -> bool:
 
 
 def _alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):  # where there is a /proc: one that was killed, and whose parent does not look
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

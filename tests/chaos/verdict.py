@@ -148,7 +148,9 @@ def _compare_mlflow(verdict: Verdict, swept: Swept, uri: str) -> None:
         name = {"sweep": "sweep", "config": "config_key", "run": "run_key"}[tags["kind"]]
         by_key.setdefault((tags["kind"], tags[name]), []).append(run)
     verdict.doubled += [f"{len(runs)} MLflow runs for {key}" for key, runs in by_key.items() if len(runs) > 1]
-    verdict.lost += [f"MLflow's {key} is still RUNNING" for key, runs in by_key.items() if runs[0].info.status == "RUNNING"]  # noqa: E501
+    verdict.lost += [
+        f"MLflow's {key} is still RUNNING" for key, runs in by_key.items() if runs[0].info.status == "RUNNING"
+    ]
     table = swept.runs.drop_duplicates("run_key").set_index("run_key")
     wanted = {("sweep", swept.folder.name), *(("run", key) for key in table.index),
               *(("config", key) for key in table.config_key)}  # fmt: skip
