@@ -132,7 +132,8 @@ class Stack:
             if found is None:
                 raise RuntimeError(f"run {run.key} should continue from run {donor}, which has no checkpoint")
             found[1]["device_seconds"] = 0.0  # the donor's training is the donor's cost
-        run.state, extra = found if found is not None else (None, {"epochs": {}, "sums": {}, "step": 0})
+        start: dict[str, Any] = {"epochs": {}, "sums": {}, "step": 0}
+        run.state, extra = found if found is not None else (None, start)
         run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
         run.sums = dict(extra["sums"])
         run.step = int(extra["step"])

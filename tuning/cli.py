@@ -2,6 +2,7 @@
 
 # no `from __future__ import annotations` here: typer evaluates the annotations below, which close over `sweeps`
 
+import contextlib
 import os
 import re
 import sys
@@ -17,7 +18,11 @@ from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
-from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.ground import trouble
+from tuning.journal import cut_off
+from tuning.locks import Taken, held
+from tuning.runner import Outcome, cache_dir, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.secrets import redact
 from tuning.shared import check_cluster
 from tuning.sweep import SweepPlan, perturbable
 from tuning.values import parse_axis, parse_field, replace_axis, split
@@ -98,6 +103,10 @@ def _command(sweeps: Sweeps) -> Any:
         resume: Annotated[
             str | None, typer.Option(metavar="NAME", help="continue a sweep that was interrupted")
         ] = None,
+        retry: Annotated[
+            Literal["failed"] | None,
+            typer.Option(help="with --resume: run configs again that crashed, ran out of memory or diverged"),
+        ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
@@ -108,7 +117,9 @@ def _command(sweeps: Sweeps) -> Any:
         if resume is not None:
             plan = SweepPlan.load(storage / checked_name("--resume", resume))
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
-            return search(plan, quiet, resume=True)
+            return search(plan, quiet, resume=True, retry=retry is not None)
+        if retry is not None:
+            raise BadValue(f"--retry {retry} needs --resume NAME: which sweep?")
         plan = resolve(
             sweeps,
             sweep,
@@ -138,6 +149,8 @@ def _command(sweeps: Sweeps) -> Any:
             check_data(plan)
             print_plan(plan, terminal())
             return 0
+        if not quiet and name is None:
+            tell_unfinished(plan)
         return search(plan, quiet, resume=False)
 
     return command
@@ -264,33 +277,90 @@ def checked_name(flag: str, name: str) -> str:
     return name
 
 
-def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
+def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:
     """Run a plan with everything a person sees. Returns the exit code."""
-    check_data(plan)
     if not resume:
         refuse_existing(plan)
-    if plan.address:
-        check_cluster(plan)
-    if not resume:
-        write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            only_driver(plan, stack)
+            for change in check_resume(plan):
+                if not quiet:
+                    print(f"warning: since this sweep last ran: {change}", file=sys.stderr)
+        data = check_data(plan)
+        if plan.address:
+            check_cluster(plan)
+        if not resume:
+            write_sweep_json(plan, Path(sys.argv[0]).resolve().parent, data)
+            only_driver(plan, stack)
+        return _run(plan, quiet, resume, retry)
+
+
+def _run(plan: SweepPlan, quiet: bool, resume: bool, retry: bool) -> int:
     console = terminal()
+    again = f"continue with: {_resume_command(plan)}"
     try:
-        outcome = run(plan, console, quiet, resume)
+        outcome = run(plan, console, quiet, resume, retry, last_words=f"stopped at once; {again}")
     except KeyboardInterrupt:
-        print(f"interrupted; continue with: {_resume_command(plan)}", file=sys.stderr)
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
+        lost = trouble(plan.folder, error)
+        if lost:
+            print(f"the sweep stopped: {lost}; then {again}", file=sys.stderr)
+            return 1
         # Tune's own errors are whole tracebacks; those are in the log
-        why = (str(error).strip().splitlines() or ["no message"])[-1].strip()
+        why = redact((str(error).strip().splitlines() or ["no message"])[-1].strip())
         print(
-            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; continue with: "
-            f"{_resume_command(plan)}",
+            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; {again}",
             file=sys.stderr,
         )
         return 1
     if not quiet:
         print_end(plan, outcome, console)
-    return 130 if outcome.interrupted else 0
+    if outcome.reason == "too many crashes":
+        print(f"the sweep stopped: {outcome.detail}; mend it, then {again} --retry failed", file=sys.stderr)
+        return 1
+    if outcome.reason == "interrupted":
+        print(f"interrupted; {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def only_driver(plan: SweepPlan, stack: contextlib.ExitStack) -> None:
+    """Hold the sweep's lock until `stack` ends; `BadValue` names the driver that holds it already."""
+    try:
+        stack.enter_context(held(plan.folder / "driver.lock"))
+    except Taken as error:
+        raise BadValue(
+            f"the sweep '{plan.name}' is being run by {error}: let it finish, or stop it there, before it is resumed"
+        ) from None
+
+
+def check_resume(plan: SweepPlan) -> list[str]:
+    """What has changed since the sweep last ran; `BadValue` where it cannot go on."""
+    from tuning.continuity import check
+    from tuning.runs import load_plain
+
+    return check(plan, load_plain(plan.folder), cache_dir())
+
+
+def tell_unfinished(plan: SweepPlan) -> None:
+    """A sweep of this script that was cut off may be what the user means: say how it goes on. At most the newest."""
+    newest: tuple[float, str] | None = None
+    for path in plan.storage.glob("*/journal.jsonl"):
+        try:
+            old = SweepPlan.load(path.parent)
+            if (old.family, old.sweep) != (plan.family, plan.sweep) or not cut_off(path):
+                continue
+            with held(path.with_name("driver.lock")):  # it does not run just now
+                changed = path.stat().st_mtime
+        except (BadValue, OSError):
+            continue
+        if newest is None or changed > newest[0]:
+            newest = changed, _resume_command(old)
+    if newest is not None:
+        print(f"a sweep before this was cut off; it continues with: {newest[1]}", file=sys.stderr)
 
 
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
@@ -300,7 +370,7 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     if uri.startswith("sqlite:///"):
         opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
-        opened = uri
+        opened = redact(uri)
     lines.add_row("report", _shown(plan.folder / "report" / "index.html"))
     lines.add_row("MLflow", opened)
     lines.add_row("resume", _resume_command(plan))

@@ -66,6 +66,10 @@ class RunTable:
                 row.update(trial=event["trial"], config_stop_reason="running", ended_at=None)
                 if row["stop_reason"] == "cancelled":
                     row["stop_reason"] = "running"
+        elif kind == "retry":
+            for key in self.runs_of.get(event["trial"], ()):
+                fresh = {"stop_reason": "pending", "config_stop_reason": "pending"}
+                self.rows[key].update(**fresh, ended_at=None, error=None, rung=None)
         elif kind == "report":
             self._report(event)
         elif kind == "end":

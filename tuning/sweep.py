@@ -12,6 +12,7 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning.secrets import redact, redact_command, tracking_uri
 
 REDUCTION = 3
 MOST_RUNGS = 3
@@ -181,8 +182,9 @@ class SweepPlan:
             "base": dict(self.base),
             "space": self.space.to_plain(),
             "covariates": list(self.covariates),
+            "tracking_uri": redact(self.tracking_uri),
             "data_dir": str(self.data_dir) if self.data_dir else None,
-            "command": list(self.command),
+            "command": redact_command(self.command),
             "headline": self.loaded.headline,
             "mode": self.objective.mode,
             "metrics": {name: asdict(metric) for name, metric in self.loaded.metrics.items()},
@@ -217,10 +219,13 @@ class SweepPlan:
         """The plan of the sweep in `folder`, or `BadValue`."""
         path = folder / "sweep.json"
         try:
-            return cls.from_plain(json.loads(path.read_text()), folder.parent)
+            plain = json.loads(path.read_text())
+            return cls.from_plain(plain | {"tracking_uri": tracking_uri(folder, plain)}, folder.parent)
         except FileNotFoundError:
             raise BadValue(f"there is no sweep '{folder.name}' in {folder.parent}: {path} does not exist") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise BadValue(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
 
 
@@ -241,3 +246,8 @@ def clamp(space: Space, point: Point) -> Point:
             value = min(max(point[axis.name], axis.low), axis.high)
             inside[axis.name] = round(value) if axis.integer else value
     return inside
+
+
+def thaw(point: Mapping[str, Any]) -> Point:
+    """A point read from JSON: lists are tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from trainables.family import BadValue
+from tuning.locks import Taken, held
+from tuning.secrets import RedactingFormatter
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -24,19 +26,35 @@ def main(
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s sync %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
     folder = storage / name
     if not (folder / "sweep.json").is_file():
         typer.echo(f"there is no sweep '{name}' in {storage}: {folder / 'sweep.json'} does not exist", err=True)
         raise typer.Exit(2)
     try:
-        sent = deliver(folder, follow)
+        sent = deliver_alone(folder, follow)
     except BadValue as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(3) from None
     if not follow:
         typer.echo(f"{name}: delivered, {sent} new events and points")
+
+
+def deliver_alone(folder: Path, follow: int = 0) -> int:
+    """`deliver`, one process at a time: two would both make the runs that neither finds. The recorder of a driver that
+    was killed delivers what it left; the next one's waits for it."""
+    begun = time.monotonic()
+    while True:
+        try:
+            with held(folder / "sync.lock"):
+                return deliver(folder, follow)
+        except Taken as error:
+            if not follow and time.monotonic() - begun > PATIENCE_SECONDS:
+                raise BadValue(f"{folder.name} is being delivered by {error}: it needs no second") from None
+        time.sleep(FOLLOW_SECONDS / 4)
 
 
 def deliver(folder: Path, follow: int = 0) -> int:

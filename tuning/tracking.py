@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from trainables.files import write_atomically
 from tuning.journal import Event, read
 from tuning.runs import RunTable, load_plain
+from tuning.secrets import tracking_uri
 from tuning.tracked_runs import TrackedRuns
 
 CURVE_POINTS = 1000
@@ -55,7 +56,7 @@ class Tracker:
 
         self._folder = folder
         self._plain = load_plain(folder)
-        self._client = MlflowClient(self._plain["tracking_uri"])
+        self._client = MlflowClient(tracking_uri(folder, self._plain))
         self._path = folder / "tracking.json"
         self._state: dict[str, Any] = {"offset": 0, "parts": [], "logged": {}, "artifacts": False}
         if self._path.is_file():
@@ -177,6 +178,9 @@ class Tracker:
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
                 self._client.log_artifact(run, str(self._folder / name))
+        for path in sorted((self._folder / "errors").glob("*.txt")):
+            if self._runs is not None and ("config", path.stem) in self._runs:
+                self._client.log_artifact(self._runs["config", path.stem], str(path))
         for kind in ("epochs", "steps", "covariates"):
             folder = self._folder / kind
             if not folder.is_dir():
