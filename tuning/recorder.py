@@ -33,12 +33,15 @@ class Recorder(Callback):
     """One for a sweep. `on_decision` and `on_exploit` are for the scheduler, `apply` for events that others wrote.
 
     `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT),
-    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals.
+    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals; `on_step()` is
+    called in each turn of Tune's loop.
     """
 
     on_abandon: Callable[[str], None]
     on_storage: Callable[[str], None] = staticmethod(lambda line: None)
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)
+
+    on_step: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
@@ -131,6 +134,7 @@ class Recorder(Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.draw()
+        self.on_step()
         if time.monotonic() - self._written > TABLE_SECONDS:
             self.write_table()
 
