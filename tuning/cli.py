@@ -25,6 +25,7 @@ from tuning.runner import Outcome, cache_dir, check_data, refuse_existing, run, 
 from tuning.secrets import redact
 from tuning.shared import check_cluster
 from tuning.sweep import SweepPlan, perturbable
+from tuning.uris import check_uri
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
@@ -191,26 +192,31 @@ def resolve(
     for field, text in fixed.items():
         base[field] = text if field == "preset" else parse_field(family, field, text)
         space = space.without(field)
-    _at_least("--seeds", seeds, 1)
-    _at_least("--trials", trials, 1)
-    _at_least("--max-concurrent", max_concurrent, 0)
-    _at_least("--time-budget", time_budget, 0)
+    _within("--seeds", seeds, 1, 9_999)
+    _within("--trials", trials, 1, 10_000_000)
+    _within("--max-concurrent", max_concurrent, 0, 1_000_000)
+    _within("--time-budget", time_budget, 0, 1e9)
     if not 0 <= seed < 200_000:
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
-    if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
+    number = int(lanes) if lanes.isascii() and lanes.isdecimal() and len(lanes) < 7 else 0
+    if lanes not in ("auto", "off") and number < 1:
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
     if engine == "branched" and not address and not torch.cuda.is_available():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
-    if data_dir is not None and not data_dir.is_dir():
+    if data_dir is not None and not _is_folder(data_dir):
         raise BadValue(f"--data-dir {data_dir} is not a folder")
-    objective = metric or chosen.metric or family.headline
+    objective = (chosen.metric or family.headline) if metric is None else metric
     directed = [key for key, m in family.metrics.items() if m.mode != "none"]
     if objective not in directed:
         raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
     storage = storage.expanduser().resolve()
+    if tracking_uri is not None:
+        check_uri(tracking_uri, storage)
+    if name is None:
+        name = f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
-        name=checked_name("--name", name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"),
+        name=checked_name("--name", name),
         family=sweeps.family,
         sweep=chosen.name,
         doc=chosen.doc,
@@ -245,7 +251,8 @@ def resolve(
             f"--scheduler pbt has nothing to perturb: {chosen.name} has no axis that sets one of the hypers "
             f"{', '.join(family.hyper_fields)}"
         )
-    plan.reference  # noqa: B018  # contradictions among the fields are told here
+    for point in space.corners():
+        plan.resolve(point)  # contradictions among the fields are told here
     return plan
 
 
@@ -263,9 +270,19 @@ def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, .
     return names
 
 
-def _at_least(flag: str, value: float | None, low: int) -> None:
-    if value is not None and value < low:
+def _within(flag: str, value: float | None, low: int, high: float) -> None:
+    if value is None or low <= value <= high:
+        return
+    if value < low:
         raise BadValue(f"{flag} {value} should be {low} or more")
+    raise BadValue(f"{flag} {value} should be {high:,.0f} or less")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that a file system could have
+        return False
 
 
 def checked_name(flag: str, name: str) -> str:

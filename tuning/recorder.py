@@ -33,8 +33,8 @@ class Recorder(Callback):
     """One for a sweep. `on_decision` and `on_exploit` are for the scheduler, `apply` for events that others wrote.
 
     `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT),
-    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals; `on_step()` is
-    called in each turn of Tune's loop.
+    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals;
+    `on_step()` is called in each turn of Tune's loop.
     """
 
     on_abandon: Callable[[str], None]

@@ -400,6 +400,8 @@ def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> 
         plan.folder.mkdir(parents=True)
     except FileExistsError:
         refuse_existing(plan)  # by another driver, this very moment
+    except OSError as error:
+        raise BadValue(f"--storage {plan.storage} cannot be written: {error.strerror}") from error
     try:
         keep_uri(plan.folder, plan.tracking_uri)
         write_atomically(plan.folder / "sweep.json", json.dumps(plain, indent=1).encode())
@@ -410,13 +412,16 @@ def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> 
 
 def refuse_existing(plan: SweepPlan) -> None:
     """A sweep's name is taken, or its storage cannot be written: `BadValue`, before anything is written."""
-    if plan.folder.exists():
+    try:
+        taken, parent = plan.folder.exists(), plan.storage
+        while not parent.exists():
+            parent = parent.parent
+    except OSError as error:
+        raise BadValue(f"--storage {plan.storage} cannot be written: {error.strerror}") from None
+    if taken:
         raise BadValue(
             f"the sweep '{plan.name}' already exists in {plan.storage}: continue it with --resume {plan.name}, or "
             "choose another --name"
         )
-    parent = plan.storage
-    while not parent.exists():
-        parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BadValue(f"--storage {plan.storage} cannot be written: {parent} is not a writable folder")

@@ -1,8 +1,8 @@
 """What the storm does to a sweep: each fault finds its victims among the sweep's own processes and files.
 
 A fault is `strike(scene)`; it returns a few words of what it hit, or "" where nothing was there to hit (then it does
-not count). `fatal` ones end the driver: the sweep is resumed after them. Victims are found by a mark in the environment of
-everything the sweep started, so that another Ray on this machine is never touched.
+not count). `fatal` ones end the driver: the sweep is resumed after them. Victims are found by a mark in the environment
+of everything the sweep started, so that another Ray on this machine is never touched.
 """
 
 from __future__ import annotations
