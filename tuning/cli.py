@@ -204,7 +204,7 @@ def resolve(
     if engine == "branched" and not address and not torch.cuda.is_available():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
     if data_dir is not None and not _is_folder(data_dir):
-        raise BadValue(f"--data-dir {data_dir} is not a folder")
+        raise BadValue(f"--data-dir {str(data_dir)[:200]!r} is not a folder")
     objective = (chosen.metric or family.headline) if metric is None else metric
     directed = [key for key, m in family.metrics.items() if m.mode != "none"]
     if objective not in directed:

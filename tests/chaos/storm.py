@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +75,7 @@ class Record:
 
     scenario: str
     seed: int
-    faults: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     resumes: int = 0
     """Sessions after the first."""
@@ -124,12 +123,14 @@ class Storm:
             scene = Scene(process, folder, rng, self.small_disk, self.database, self.server)
             fatal = self._session(scene, kinds, record)
             swept = process.wait()
+            said = f"session over, code {swept.code}, {len(scene.journal)} lines {swept.err.strip()[-300:]}"
+            record.log.append(said)
+            self.on_fault(said)
             if swept.code == 0:
                 break
             record.resumes += 1
             if not fatal:
                 record.ended_alone += 1
-                record.log.append(f"the driver ended with {swept.code}: {swept.err.strip()[-300:]}")
             journal = folder / "journal.jsonl"
             kept = journal.read_bytes() if journal.is_file() else b""
             idle, size = (idle + 1, size) if len(kept) <= size else (0, len(kept))
@@ -161,7 +162,7 @@ class Storm:
             hit = FAULTS[kind].strike(scene)
             if not hit:
                 continue
-            record.faults[kind] += 1
+            record.faults[kind] = record.faults.get(kind, 0) + 1
             at = scene.journal[-1]["event"] if scene.journal else "start"
             line = f"{kind} ({hit}) after {len(scene.journal)} lines, at {at}"
             record.log.append(line)
