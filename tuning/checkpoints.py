@@ -89,7 +89,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(plain, dict):
         raise ValueError("its JSON is not what a checkpoint holds")
     version = plain.get("schema_version")
-    if version not in (UNCHECKED, SCHEMA_VERSION):
+    if type(version) is not int or version not in (UNCHECKED, SCHEMA_VERSION):
         raise ValueError(f"schema version {version}, this is {SCHEMA_VERSION}")
     if version != UNCHECKED and plain.pop("check", None) != _checksum(plain):
         raise ValueError("its JSON does not match its checksum")

@@ -4,7 +4,6 @@
 
 import contextlib
 import os
-import re
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
+from tuning.exits import checked_name, run_command
 from tuning.ground import trouble
 from tuning.journal import cut_off
 from tuning.locks import Taken, held
@@ -28,10 +28,6 @@ from tuning.sweep import SweepPlan, perturbable
 from tuning.uris import check_uri
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
-# typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
-ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
     """Run a family's command line and exit: 0 done, 1 failed, 2 a mistake of the user's (one line), 130 interrupted."""
@@ -39,17 +35,7 @@ def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
     app.command(help=f"Search over {sweeps.family}. SWEEP is a named sweep or a notebook's run (see --list).")(
         _command(sweeps)
     )
-    try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
-    except ClickException as error:
-        print(error.format_message().replace("\n", " "), file=sys.stderr)
-        code = 2
-    except typer.Abort:
-        code = 130
-    except BadValue as error:
-        print(str(error), file=sys.stderr)
-        code = 2
-    sys.exit(code or 0)
+    run_command(app, arguments)
 
 
 def _command(sweeps: Sweeps) -> Any:
@@ -283,15 +269,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # no name that a file system could have
         return False
-
-
-def checked_name(flag: str, name: str) -> str:
-    """A name that stays inside the storage folder, or `BadValue`."""
-    if not NAME.fullmatch(name):
-        raise BadValue(
-            f"{flag} {name!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
-        )
-    return name
 
 
 def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
 from tuning.secrets import redact, redact_command, tracking_uri
+from tuning.uris import check_uri
 
 REDUCTION = 3
 MOST_RUNGS = 3
@@ -219,14 +220,72 @@ class SweepPlan:
         """The plan of the sweep in `folder`, or `BadValue`."""
         path = folder / "sweep.json"
         try:
-            plain = json.loads(path.read_text())
-            return cls.from_plain(plain | {"tracking_uri": tracking_uri(folder, plain)}, folder.parent)
+            plain = json.loads(path.read_bytes())
+            check_plain(plain, folder.name)
+            return cls.from_plain(plain | {"tracking_uri": tracking_uri(folder, plain)}, folder.parent).checked()
         except FileNotFoundError:
             raise BadValue(f"there is no sweep '{folder.name}' in {folder.parent}: {path} does not exist") from None
         except OSError as error:
             raise BadValue(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+            raise BadValue(f"{path} is damaged ({' '.join(why.split())[:200]}): it cannot be resumed") from error
+
+    def checked(self) -> SweepPlan:
+        """Itself, or `BadValue` where no sweep could be so: what was read from a file is not believed."""
+        if self.metric not in self.loaded.metrics:
+            raise BadValue(f"{self.family} has no metric '{self.metric}'")
+        check_uri(self.tracking_uri, None, f"the tracking URI {redact(self.tracking_uri)!r}")
+        for point in self.space.corners():
+            self.resolve(point)
+        return self
+
+
+PLAIN: dict[str, Any] = {
+    "name": str,
+    "family": str,
+    "sweep": str,
+    "space": list,
+    "base": dict,
+    "seed": int,
+    "seeds": int,
+    "trials": (int, type(None)),
+    "searcher": str,
+    "metric": str,
+    "covariates": list,
+    "engine": str,
+    "lanes": str,
+    "tracking_uri": str,
+    "scheduler": dict,
+}
+"""What sweep.json must hold for a sweep to go on."""
+
+
+def check_plain(plain: Any, name: str) -> None:
+    """Raises ValueError where sweep.json of the folder `name` holds what no command ever wrote."""
+    if not isinstance(plain, dict):
+        raise ValueError("it holds no JSON object")
+    for field_name, kind in PLAIN.items():
+        value = plain[field_name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{field_name} is {str(value)[:60]!r}")
+    if plain["name"] != name:
+        raise ValueError(f"it is of the sweep {plain['name'][:100]!r}: give its folder that name")
+    allowed = {
+        "searcher": ("grid", "random", "qmc", "optuna", "hyperopt"),
+        "engine": ("auto", "serial", "stacked", "branched"),
+    }
+    for field_name, known in allowed.items():
+        if plain[field_name] not in known:
+            raise ValueError(f"{field_name} is {plain[field_name][:60]!r}")
+    if plain["scheduler"]["name"] not in ("asha", *SEGMENTS):
+        raise ValueError(f"scheduler is {plain['scheduler']['name']!r}")
+    if not (plain["lanes"] in ("auto", "off") or (plain["lanes"].isascii() and plain["lanes"].isdecimal())):
+        raise ValueError(f"lanes is {plain['lanes'][:60]!r}")
+    if plain["seeds"] < 1 or plain["seed"] < 0 or (plain["trials"] is not None and plain["trials"] < 1):
+        raise ValueError("seeds, seed or trials is too small")
+    if not all(isinstance(name, str) for name in plain["covariates"]):
+        raise ValueError("covariates are no names")
 
 
 def perturbable(space: Space, family: Family) -> list[Choice | Range]:

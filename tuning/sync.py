@@ -7,13 +7,16 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from trainables.family import BadValue
+from tuning.exits import checked_name, run_command
+from tuning.journal_check import checked
 from tuning.locks import Taken, held
 from tuning.secrets import RedactingFormatter
+from tuning.sweep import SweepPlan
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -26,21 +29,24 @@ def main(
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""
+    folder = storage / checked_name("the sweep's name", name)
+    SweepPlan.load(folder)  # is there such a sweep, and is it whole?
+    checked(folder / "journal.jsonl")
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    folder = storage / name
-    if not (folder / "sweep.json").is_file():
-        typer.echo(f"there is no sweep '{name}' in {storage}: {folder / 'sweep.json'} does not exist", err=True)
-        raise typer.Exit(2)
     try:
         sent = deliver_alone(folder, follow)
-    except BadValue as error:
+    except (Away, Taken) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(3) from None
     if not follow:
         typer.echo(f"{name}: delivered, {sent} new events and points")
+
+
+class Away(BadValue):
+    """MLflow could not be reached."""
 
 
 def deliver_alone(folder: Path, follow: int = 0) -> int:
@@ -53,14 +59,14 @@ def deliver_alone(folder: Path, follow: int = 0) -> int:
                 return deliver(folder, follow)
         except Taken as error:
             if not follow and time.monotonic() - begun > PATIENCE_SECONDS:
-                raise BadValue(f"{folder.name} is being delivered by {error}: it needs no second") from None
+                raise Taken(f"{folder.name} is being delivered by {error}: it needs no second") from None
         time.sleep(FOLLOW_SECONDS / 4)
 
 
 def deliver(folder: Path, follow: int = 0) -> int:
     """Deliver once, or until the sweep has finished and process `follow` needs no more. Returns what was sent.
 
-    Raises `BadValue` when the server stays away.
+    Raises `Away` when the server stays away, `BadValue` when the journal is damaged.
     """
     from tuning.tracking import Tracker
 
@@ -76,12 +82,14 @@ def deliver(folder: Path, follow: int = 0) -> int:
                 tracker.artifacts()
                 tracker.settle()
                 return sent
+        except BadValue:
+            raise
         except Exception as error:
             away_since = away_since or time.monotonic()
             log.warning("MLflow is away (%s): points wait on disk", error)
             tracker = None
             if (over or _finished(folder)) and time.monotonic() - away_since > PATIENCE_SECONDS:
-                raise BadValue(
+                raise Away(
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
                     f"`python -m tuning.sync {folder.name} --storage {folder.parent}` delivers it later"
                 ) from error
@@ -109,5 +117,12 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def main_exit(arguments: list[str] | None = None) -> NoReturn:
+    """The command line: exits with 0 delivered, 2 a mistake (one line), 3 the server stays away."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(main)
+    run_command(app, arguments, "python -m tuning.sync")
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main_exit()

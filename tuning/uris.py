@@ -15,15 +15,17 @@ DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 KNOWN = "http://HOST:PORT, sqlite:///FILE, postgresql://USER:PASSWORD@HOST/DATABASE or databricks"
 
 
-def check_uri(uri: str, storage: Path) -> None:
+def check_uri(uri: str, storage: Path | None, what: str = "") -> None:
     """`BadValue` where `uri` cannot be one of MLflow's, or needs what this machine lacks. Asks no server: one that is
     away costs a delay and no more.
 
     Args:
         uri: as given by the user.
-        storage: the folder of sweeps, which need not be there yet.
+        storage: the folder of sweeps, which need not be there yet. None: only the form is looked at, not whether the
+            file's folder exists (a sweep whose storage was moved may go on; its points wait).
+        what: how the message calls it.
     """
-    what = f"--tracking-uri {redact(uri)!r}"
+    what = what or f"--tracking-uri {redact(uri)!r}"
     if not uri.isprintable() or " " in uri:
         raise BadValue(f"{what} has blanks in it; it should look like {KNOWN}")
     try:
@@ -44,7 +46,7 @@ def check_uri(uri: str, storage: Path) -> None:
         raise BadValue(f"{what} is nothing MLflow can keep runs in{folder}; it should look like {KNOWN}")
 
 
-def _check_sqlite(what: str, uri: str, storage: Path) -> None:
+def _check_sqlite(what: str, uri: str, storage: Path | None) -> None:
     path = uri.partition(":///")[2].partition("?")[0]
     if not path:
         raise BadValue(f"{what} names no file; it should look like sqlite:///FILE, or sqlite:////FILE from the root")
@@ -52,7 +54,7 @@ def _check_sqlite(what: str, uri: str, storage: Path) -> None:
     try:
         if file.is_dir():
             raise BadValue(f"{what} is a folder; it should name a file in it")
-        if not file.parent.is_dir() and file.resolve().parent != storage:
+        if storage and not file.parent.is_dir() and file.resolve().parent != storage:
             raise BadValue(f"{what}: the folder {file.parent} does not exist")
     except OSError as error:
         raise BadValue(f"{what} cannot be a file: {error.strerror}") from None

@@ -53,9 +53,13 @@ class Tally:
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Every file below a folder, with its size and when it was changed."""
+    """Every file below a folder but locks, with its size and when it was changed."""
     found: Iterable[Path] = sorted(folder.rglob("*"))
-    return [(str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in found if not path.is_dir()]
+    return [
+        (str(path), path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in found
+        if not path.is_dir() and path.suffix != ".lock"
+    ]
 
 
 @pytest.fixture
