@@ -111,6 +111,10 @@ class Postgres:
         for pid in self._pids():
             os.kill(pid, signal.SIGCONT)
 
+    def ping(self) -> None:
+        """Connect, as a client does, and wait for an answer."""
+        self._connect().close()
+
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.thaw()

@@ -85,10 +85,10 @@ def _problem(event: Event, trials: Mapping[str, str]) -> str:
             problem = _of_fields(seed, SEED) if isinstance(seed, dict) else "is no seed's"
             if problem:
                 return f"a seed of its report {problem}"
-    named = event.get("replaces") if kind == "resumed" else event.get("trial")
+    named = str(event.get("replaces") if kind == "resumed" else event.get("trial"))
     if kind in FIELDS and kind not in ("proposed", "finish"):
         if named not in trials:
-            return f"its {kind} speaks of the trial {str(named)[:40]!r}, which was never proposed"
+            return f"its {kind} speaks of the trial {named[:40]!r}, which was never proposed"
         if kind in ("report", "decision") and trials[named] == "end":
             return f"its {kind} speaks of the trial {named!r}, which had ended"
         if kind == "decision" and trials[named] != "report":

@@ -58,6 +58,13 @@ def judge(swept: Swept, twin: Swept, exact: bool, kept: bytes, uri: str) -> Verd
     return verdict
 
 
+def judge_mlflow(swept: Swept, uri: str) -> Verdict:
+    """Compare what MLflow at `uri` has of a sweep with what is on disk."""
+    verdict = Verdict()
+    _compare_mlflow(verdict, swept, uri)
+    return verdict
+
+
 def decisions(swept: Swept) -> dict[str, list[tuple]]:
     """What was decided of each config, in order: independent of restarts and trial ids."""
     made: dict[str, list[tuple]] = {}
