@@ -306,7 +306,7 @@ def open_sweep(storage: Path | str, name: str) -> Sweep:
         raise UserError(f"no folder {storage}: give --storage the folder that holds the sweeps")
     folder = storage / name
     # A name such as `../x` or `` would read (and later write) outside the storage.
-    if not name or Path(name).name != name or not (folder / "sweep.json").is_file():
+    if name in ("", ".", "..") or Path(name).name != name or not (folder / "sweep.json").is_file():
         raise unknown("sweep", name, sweep_names(storage), f" under {storage}")
     path = folder / "sweep.json"
     try:

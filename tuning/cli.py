@@ -17,10 +17,11 @@ from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
-from tuning.exits import checked_name, run_command
+from tuning.exits import run_command
 from tuning.ground import trouble
 from tuning.journal import cut_off
 from tuning.locks import Taken, held
+from tuning.names import checked_name
 from tuning.runner import Outcome, cache_dir, check_data, refuse_existing, run, terminal, write_sweep_json
 from tuning.secrets import redact
 from tuning.shared import check_cluster
@@ -365,9 +366,9 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
         opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
         opened = redact(uri)
-    lines.add_row("report", _shown(plan.folder / "report" / "index.html"))
-    lines.add_row("MLflow", opened)
-    lines.add_row("resume", _resume_command(plan))
+    lines.add_row("report", Text(_shown(plan.folder / "report" / "index.html")))
+    lines.add_row("MLflow", Text(opened))
+    lines.add_row("resume", Text(_resume_command(plan)))
     console.print()
     console.print(lines, soft_wrap=True)
 

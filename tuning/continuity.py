@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainables.family import BadValue
+from trainables.family import BadValue, load_family
 from trainables.files import write_atomically
 from tuning.journal import Event
 from tuning.journal_check import checked
@@ -33,9 +33,10 @@ def code(family: str) -> dict[str, str]:
     """{file: first digits of its SHA-256} of what decides a run: the engines, the searchers, this family."""
     found = [*(ROOT / "lanes").glob("*.py"), *(ROOT / "trainables").glob("*.py")]
     found += [ROOT / "tuning" / f"{name}.py" for name in ("sweep", "searchers", "schedulers", "trial")]
-    module = sys.modules.get(family if "." in family else f"trainables.{family}")
-    if module is not None and module.__file__:
-        own = Path(module.__file__)
+    load_family(family)
+    own_file = sys.modules[family if "." in family else f"trainables.{family}"].__file__
+    if own_file is not None:
+        own = Path(own_file)
         found += own.parent.rglob("*.py") if own.name == "__init__.py" else [own]
     found += (ROOT / "trainables" / "datasets").glob("*.py")
     return {_name(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(found)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +12,6 @@ from trainables.family import BadValue
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def run_command(app: typer.Typer, arguments: list[str] | None, prog: str | None = None) -> NoReturn:
@@ -30,12 +28,3 @@ def run_command(app: typer.Typer, arguments: list[str] | None, prog: str | None 
         print(" ".join(str(error).split("\n")), file=sys.stderr)
         code = 2
     sys.exit(code or 0)
-
-
-def checked_name(flag: str, name: str) -> str:
-    """A sweep's name that stays inside the storage folder, or `BadValue`."""
-    if not NAME.fullmatch(name):
-        raise BadValue(
-            f"{flag} {name[:120]!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
-        )
-    return name

@@ -45,6 +45,7 @@ class Past:
         unfinished: proposals without an end: the `proposed` event with `trial` its newest id, `trial_first` the id the
             searcher knows, and `reported` the last epoch whose report was journalled.
         trials: trial id -> what stood for the trial when the scheduler heard its reports again.
+        last: trial id of an unfinished proposal -> the last result that the scheduler has judged.
         unwritten: (event, fields) to journal before anything else.
         retried: configs that failed and are to run again.
     """
@@ -54,6 +55,7 @@ class Past:
     seeds_used: dict[str, int] = field(default_factory=dict)
     unfinished: list[Event] = field(default_factory=list)
     trials: dict[str, PastTrial] = field(default_factory=dict)
+    last: dict[str, dict[str, Any]] = field(default_factory=dict)
     unwritten: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     retried: int = 0
 
@@ -77,6 +79,7 @@ def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any, retry
         replayed.retry()
     past = replayed.past
     past.unfinished = list(replayed.open.values())
+    past.last = {trial: replayed.last(trial) for trial in replayed.open if replayed.last(trial)}
     if not scheduler.replayable:
         scheduler.skip(replayed.decisions)
     return past
@@ -96,6 +99,14 @@ class _Replay:
         self._following: dict[str, Event] = {}  # trial -> a decision whose consequence is not there yet
         self._listener: Any = scheduler if scheduler.replayable else Fifo()
         self._modes = {name: metric.mode for name, metric in plan.loaded.metrics.items()}
+
+    def last(self, trial: str) -> dict[str, Any]:
+        """The last result that counted; the progress of a copy that has not reported is that of its parent."""
+        result, proposal = self._results.get(trial), self.open[trial]
+        if not result or result["done"]:
+            return {}
+        epoch = proposal["reported"]
+        return {**result, "epoch": epoch, "progress": epoch * self.plan.length / proposal["epochs"]}
 
     def hear(self, event: Event) -> None:
         getattr(self, f"_{event['event']}", lambda event: None)(event)

@@ -231,7 +231,7 @@ def _search(
             past.proposed,
             past.seeds_used,
             past.unfinished,
-            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces]),
+            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces], past.last.get(replaces)),
         )
         recorder.on_abandon = proposer.abandon
         trainable = tune.with_parameters(

@@ -12,9 +12,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from trainables.family import BadValue
-from tuning.exits import checked_name, run_command
+from tuning.exits import run_command
 from tuning.journal_check import checked
 from tuning.locks import Taken, held
+from tuning.names import checked_name
 from tuning.secrets import RedactingFormatter
 from tuning.sweep import SweepPlan
 
