@@ -99,6 +99,7 @@ def test_a_recorder_or_a_database_killed_in_a_delivery_leaves_nothing_twice(data
 def test_a_server_killed_in_the_middle_of_a_delivery(database, server, undelivered, monkeypatch):
     swept = undelivered("killed", server.uri)
     monkeypatch.setattr(tuning.sync, "FOLLOW_SECONDS", 0.2)
+    monkeypatch.setattr(tuning.sync, "PATIENCE_SECONDS", 200.0)
 
     def restart() -> None:
         server.kill()
@@ -116,6 +117,7 @@ def test_requests_that_a_frozen_server_serves_late(database, server, undelivered
     """The client gives up on requests that are carried out later, after it has asked again."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setattr(tuning.sync, "FOLLOW_SECONDS", 0.2)
+    monkeypatch.setattr(tuning.sync, "PATIENCE_SECONDS", 200.0)
     swept = undelivered("frozen", server.uri)
 
     def freeze(seconds: float) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -191,19 +192,18 @@ def _freeze(which: str) -> Callable[[Scene], str]:
         service.freeze()
         # longer than MLflow's client waits (tuning.tracking), now and then: a request then comes twice
         seconds = scene.rng.choice([0.5, 1.0, 2.0, 4.0, 25.0])
-        time.sleep(seconds)
-        service.thaw()
+        threading.Timer(seconds, service.thaw).start()  # the storm goes on meanwhile
         return f"{which} {seconds:.1f} s"
 
     return strike
 
 
 FAULTS: dict[str, Fault] = {
-    "SIGKILL driver": Fault(kill_driver, fatal=True, weight=3),
-    "SIGKILL raylet": Fault(_kill_one(RAYLET), fatal=True, weight=1.5),
-    "SIGKILL everything": Fault(kill_machine, fatal=True, weight=2),
-    "corrupt newest checkpoint": Fault(corrupt_checkpoint, fatal=True, weight=1.5),
-    "disk full": Fault(fill_disk, fatal=True, weight=1.5),
+    "SIGKILL driver": Fault(kill_driver, fatal=True, weight=2),
+    "SIGKILL raylet": Fault(_kill_one(RAYLET), fatal=True),
+    "SIGKILL everything": Fault(kill_machine, fatal=True, weight=1.5),
+    "corrupt newest checkpoint": Fault(corrupt_checkpoint, fatal=True),
+    "disk full": Fault(fill_disk, fatal=True),
     "SIGKILL host": Fault(_kill_one(HOST), weight=3),
     "SIGKILL trial worker": Fault(_kill_one(TRIAL), weight=3),
     "SIGKILL sync process": Fault(_kill_one(SYNC), weight=2),

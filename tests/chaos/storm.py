@@ -21,7 +21,7 @@ DISK_BYTES = 24_000_000
 MOST_SESSIONS_WITHOUT_PROGRESS = 8
 AXES = ("--space", "lr=0.3,0.1,0.03,0.01", "--space", "explode_at=1e9,30", "--space", "width=3,8")
 """Sixteen configs; half of them turn infinite at step 30."""
-SERIAL = ("--engine", "serial", "--set", "epochs=81")
+SERIAL = ("--engine", "serial", "--set", "epochs=243")
 
 
 @dataclass(frozen=True)
