@@ -45,6 +45,7 @@ class HostSettings:
         cache_dir: the node's cache of decoded data and probe results.
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
+        make_formatter: format -> what formats the host's log.
     """
 
     engine: str
@@ -55,6 +56,7 @@ class HostSettings:
     cache_dir: Path
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
+    make_formatter: Callable[[str], logging.Formatter] = logging.Formatter
 
 
 class Host:
@@ -232,9 +234,9 @@ class HostActor:
     def __init__(self, settings: HostSettings, device: str, label: str, log_file: str, threads: int | None):
         import torch
 
-        logging.basicConfig(
-            filename=log_file, level=logging.INFO, format=f"%(asctime)s {label} %(message)s", force=True
-        )
+        handler = logging.FileHandler(log_file)
+        handler.setFormatter(settings.make_formatter(f"%(asctime)s {label} %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
             torch.set_num_threads(threads)

@@ -82,6 +82,9 @@ class Recorder(Callback):
     # --- Tune's side ---
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if result.get("notice"):
+            self.write("notice", text=result["notice"])
+            self._progress.say(result["notice"])
         reason = result.get("stop_reason")
         if reason == "storage":  # no fault of the config: it has no end, and --resume goes on with it
             self.on_storage(last_line(result["error"]))
@@ -91,9 +94,6 @@ class Recorder(Callback):
             self._last[trial.trial_id] = "STOP"
             return
         self.results += 1
-        if result.get("notice"):
-            self.write("notice", text=result["notice"])
-            self._progress.say(result["notice"])
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
         fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
         self.write(

@@ -198,6 +198,7 @@ def _search(
             cache_dir=cache_dir(),
             make_recorder=partial(_make_curve_writer, plan.folder, _curve_metadata(plain), journal.now),
             make_checkpoints=partial(_make_checkpoint_store, plan.folder),
+            make_formatter=RedactingFormatter,
         )
         pool = (
             ray.remote(Pool)

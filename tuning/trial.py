@@ -79,7 +79,8 @@ class ConfigTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         report = self._next_report()
         if self._error:
-            return crash(self._error, self._reason, self._epoch, self._config, self._settings)
+            lost = crash(self._error, self._reason, self._epoch, self._config, self._settings)
+            return lost | {"notice": report.notice if report else ""}
         assert report is not None
         self._epoch = report.epoch
         return summarize(report, self._config, self._settings, self._worst) | {"notice": report.notice}
