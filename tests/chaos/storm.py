@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.faults import FAULTS, NAN, Scene, draws
+from tests.chaos.faults import FAULTS, NAN, Scene, draws, kill_machine
 from tests.chaos.verdict import Verdict, judge
 from tests.postgres import MlflowServer, Postgres
 from tests.toy_sweeps import ROOT, UNDISTURBED, Process, Swept
@@ -121,8 +121,12 @@ class Storm:
             arguments = ("--resume", name) if begun else (*scenario.arguments, *self._tracking())
             process = Process(self.storage, name, *arguments)
             scene = Scene(process, folder, rng, self.small_disk, self.database, self.server)
-            fatal = self._session(scene, kinds, record)
-            swept = process.wait()
+            try:
+                fatal = self._session(scene, kinds, record)
+                swept = process.wait()
+            except BaseException:  # interrupted: nothing of it stays behind
+                kill_machine(scene)
+                raise
             said = f"session over, code {swept.code}, {len(scene.journal)} lines {swept.err.strip()[-300:]}"
             record.log.append(said)
             self.on_fault(said)
