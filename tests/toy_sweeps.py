@@ -97,9 +97,10 @@ class Process:
         """SIGKILL one of the processes it started, by the beginning of its title."""
         os.kill(self.pids(title)[0], signal.SIGKILL)
 
-    def pids(self, title: str = "") -> list[int]:
-        """Processes it started, itself among them, by a word of their command lines."""
-        return sorted(pid for pid, line in self._alive() if title in line)
+    def pids(self, title: str = "", program: str = "") -> list[int]:
+        """Processes it started, itself among them: with `title` in their command lines, of a program of that name."""
+        found = ((pid, line) for pid, line in self._alive() if title in line)
+        return sorted(pid for pid, line in found if line.split(" ")[0].endswith(program))
 
     @property
     def pid(self) -> int:

@@ -95,11 +95,12 @@ class Recorder(Callback):
             return
         self.results += 1
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
-        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
+        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device")
         self.write(
             "report",
             **identity,
             **{name: result[name] for name in fields},
+            done=bool(reason),  # not result["done"]: Tune has set that where the scheduler said STOP
             fraction=result["progress"] / self._plan.length,
         )
         worst = self._worst.setdefault(trial.trial_id, dict(trial.config.get("worst", {})))

@@ -21,7 +21,7 @@ from tests.postgres import MlflowServer, Postgres
 from tests.toy_sweeps import Process
 from tuning.journal import Event, read
 
-HOST, TRIAL, RAYLET, SYNC = "ray::HostActor", "ray::ConfigTrial", "raylet/raylet ", "tuning.sync"
+HOST, TRIAL, RAYLET, SYNC = "ray::HostActor", "ray::ConfigTrial", "raylet/raylet", "tuning.sync"
 
 
 @dataclass
@@ -134,11 +134,16 @@ def fill(balloon: Path) -> None:
                     file.write(bytes(size))
 
 
+def victims(scene: Scene, title: str) -> list[int]:
+    """The raylet's path stands in the command lines of others too."""
+    return scene.process.pids(program=title) if title == RAYLET else scene.process.pids(title)
+
+
 def _kill_one(title: str) -> Callable[[Scene], str]:
     def strike(scene: Scene) -> str:
         if title == HOST and _kills_without_report(scene) >= 2:
             return ""  # a third would be the config's own fault: tuning.trial.LOSSES
-        pids = scene.process.pids(title)
+        pids = victims(scene, title)
         return _send(scene.rng.choice(pids), signal.SIGKILL) if pids else ""
 
     return strike
@@ -157,7 +162,7 @@ def _stop(title: str) -> Callable[[Scene], str]:
     """SIGSTOP for a while: nothing has died, and nothing answers."""
 
     def strike(scene: Scene) -> str:
-        pids = [scene.process.pid] if title == "driver" else scene.process.pids(title)
+        pids = [scene.process.pid] if title == "driver" else victims(scene, title)
         pids = [pid for pid in pids if _send(pid, signal.SIGSTOP)]
         seconds = scene.rng.uniform(0.2, 4.0)
         time.sleep(seconds)
