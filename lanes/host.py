@@ -45,6 +45,7 @@ class HostSettings:
         cache_dir: the node's cache of decoded data and probe results.
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
+        make_log: device label -> the file that its host logs to, asked for on the host's node.
         make_formatter: format -> what formats the host's log.
     """
 
@@ -56,6 +57,7 @@ class HostSettings:
     cache_dir: Path
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
+    make_log: Callable[[str], str] = lambda label: os.devnull
     make_formatter: Callable[[str], logging.Formatter] = logging.Formatter
 
 
@@ -103,6 +105,7 @@ class Host:
         key = self._stack_of.pop(token, None)
         if key is not None and key in self._stacks:
             self._with_memory(key, lambda: self._stacks[key].release(token))
+            self._stacks[key].release(token)  # again, where memory ran out half-way; nothing otherwise
 
     def save(self, token: str) -> None:
         """Checkpoint a config now."""
@@ -189,10 +192,12 @@ class Host:
 
     def _make_engine(self, family: Any, program: Any, hyper: Any, most: int | None = None) -> tuple[Any, int]:
         """`most`: the lanes that fit into memory, once it has run out."""
+        from lanes.engine import put
         from lanes.probe import make_engine, probe, resolve_engine
         from trainables.family import program_key
 
-        arrays = self._put(family.load(program, self.settings.data_dir, self.settings.cache_dir))
+        loaded = family.load(program, self.settings.data_dir, self.settings.cache_dir)
+        arrays, host_arrays = self._put(loaded), put(loaded, "cpu")
         name, lanes = resolve_engine(self.settings.engine, self.device), self.settings.lanes
         if name == "auto" or not lanes:
             choice = probe(
@@ -201,6 +206,7 @@ class Host:
                 hyper,
                 arrays,
                 self.device,
+                host_arrays,
                 wanted=min(self.settings.lanes or self.settings.wanted, most or self.settings.wanted),
                 expected_steps=self.settings.expected_steps,
                 engines=None if name == "auto" else (name,),
@@ -209,7 +215,7 @@ class Host:
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
         lanes = min(lanes, most or lanes)
-        return make_engine(name, lanes, family, program, arrays, self.device), lanes
+        return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """On the device, once for all programs that read the same memory-mapped file."""
@@ -231,10 +237,10 @@ class Host:
 class HostActor:
     """The host behind Ray: calls are queued, a thread of its own trains, reports wake whoever waits for them."""
 
-    def __init__(self, settings: HostSettings, device: str, label: str, log_file: str, threads: int | None):
+    def __init__(self, settings: HostSettings, device: str, label: str, threads: int | None):
         import torch
 
-        handler = logging.FileHandler(log_file)
+        handler = logging.FileHandler(settings.make_log(label))
         handler.setFormatter(settings.make_formatter(f"%(asctime)s {label} %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
@@ -340,9 +346,8 @@ class Pool:
     and trials whose node died without a word, are let go.
     """
 
-    def __init__(self, settings: HostSettings, log_file: str, most_hosts: int, cpu_share: float):
+    def __init__(self, settings: HostSettings, most_hosts: int, cpu_share: float):
         self._settings = settings
-        self._log_file = log_file
         self._most_hosts = most_hosts
         self._cpu_share = cpu_share
         self._hosts: dict[Slot, Any] = {}
@@ -433,7 +438,7 @@ class Pool:
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
         )
         device = "cuda" if gpu else "cpu"
-        return actor.remote(self._settings, device, slot.label, self._log_file, None if gpu else 1)
+        return actor.remote(self._settings, device, slot.label, None if gpu else 1)
 
 
 def find_slots() -> list[Slot]:

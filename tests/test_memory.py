@@ -55,7 +55,7 @@ class Small:
         self.made: list = []
         self.most = 0
 
-    def __call__(self, name, lanes, family, program, arrays, device):
+    def __call__(self, name, lanes, family, program, arrays, device, host_arrays=None):
         small = self
         if small.place == "make" and lanes > small.room:
             raise copy.copy(small.error)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from trainables.files import write_atomically
+from tuning.storage import StorageError, Store, as_store
 
 SCHEMA_VERSION = 2
 UNCHECKED = 1
@@ -30,17 +29,13 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints of a sweep's runs, under one folder shared by all hosts."""
+    """The checkpoints of a sweep's runs, in one place shared by all hosts."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, place: Store | Path):
+        self._store = as_store(place)
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
-        folder = self._folder / run_key
-        # not its parents: where the sweep's own folder has vanished, nothing may be made in its place
-        self._folder.mkdir(exist_ok=True)
-        folder.mkdir(exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
         data = safetensors.torch.save(tensors)
         plain = {
@@ -50,55 +45,55 @@ class CheckpointStore:
             "extra": dict(extra),
         }
         plain["check"] = _checksum(plain)
-        write_atomically(folder / f"{step:012d}.safetensors", data)
-        write_atomically(folder / f"{step:012d}.json", json.dumps(plain).encode())
-        for old in self._steps(folder)[:-KEPT]:
-            (folder / f"{old:012d}.json").unlink(missing_ok=True)
-            (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
+        self._store.write(f"{run_key}/{step:012d}.safetensors", data)
+        self._store.write(f"{run_key}/{step:012d}.json", json.dumps(plain).encode())
+        for old in self._steps(run_key)[:-KEPT]:
+            self._store.remove(f"{run_key}/{old:012d}.json")
+            self._store.remove(f"{run_key}/{old:012d}.safetensors")
 
     def load(self, run_key: str, at_most: int | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning.
 
         at_most: prefer the newest that is not past this step.
         """
-        folder = self._folder / run_key
-        steps = self._steps(folder)
+        steps = self._steps(run_key)
         if at_most is not None:
             steps.sort(key=lambda step: step if step <= at_most else -step)
         for step in reversed(steps):
-            path = folder / f"{step:012d}.json"
+            name = f"{run_key}/{step:012d}"
             try:
-                return _read(path)
+                return self._read(name)
+            except StorageError:
+                raise  # it is there, but cannot be had now
             except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
                 why = " ".join(str(error).split())
-                log.warning("checkpoint %s is unusable (%s): falling back to the one before", path, why)
+                log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, why)
         return None
 
     def discard(self, run_key: str) -> None:
         """Remove a run's checkpoints."""
-        shutil.rmtree(self._folder / run_key, ignore_errors=True)
+        self._store.clear(run_key)
 
-    @staticmethod
-    def _steps(folder: Path) -> list[int]:
-        return sorted(int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdecimal())
+    def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(state, extra) of a pair. Raises ValueError, or what reading raises, where it is damaged."""
+        plain = json.loads(self._store.read(f"{name}.json"))
+        if not isinstance(plain, dict):
+            raise ValueError("its JSON is not what a checkpoint holds")
+        version = plain.get("schema_version")
+        if type(version) is not int or version not in (UNCHECKED, SCHEMA_VERSION):
+            raise ValueError(f"schema version {version}, this is {SCHEMA_VERSION}")
+        if version != UNCHECKED and plain.pop("check", None) != _checksum(plain):
+            raise ValueError("its JSON does not match its checksum")
+        data = self._store.read(f"{name}.safetensors")
+        if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
+            raise ValueError("the tensors do not match their checksum")
+        if not isinstance(plain.get("extra"), dict):
+            raise ValueError("its JSON is not what a checkpoint holds")
+        return unflatten(safetensors.torch.load(data)), plain["extra"]
 
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, extra) of the pair whose JSON this is. Raises ValueError, or what reading raises, where it is damaged."""
-    plain = json.loads(path.read_bytes())
-    if not isinstance(plain, dict):
-        raise ValueError("its JSON is not what a checkpoint holds")
-    version = plain.get("schema_version")
-    if type(version) is not int or version not in (UNCHECKED, SCHEMA_VERSION):
-        raise ValueError(f"schema version {version}, this is {SCHEMA_VERSION}")
-    if version != UNCHECKED and plain.pop("check", None) != _checksum(plain):
-        raise ValueError("its JSON does not match its checksum")
-    data = path.with_suffix(".safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
-        raise ValueError("the tensors do not match their checksum")
-    if not isinstance(plain.get("extra"), dict):
-        raise ValueError("its JSON is not what a checkpoint holds")
-    return unflatten(safetensors.torch.load(data)), plain["extra"]
+    def _steps(self, run_key: str) -> list[int]:
+        names = [key.rpartition("/")[2] for key in self._store.names(run_key)]
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
 
 def _checksum(plain: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,12 +21,21 @@ from trainables.family import BadValue, Family, load_family
 from tuning.exits import run_command
 from tuning.ground import trouble
 from tuning.journal import cut_off
-from tuning.locks import Taken, held
+from tuning.keeping import (
+    bring_here,
+    check_tracking_uri,
+    load_sweep,
+    only_driver,
+    opened,
+    refuse_existing,
+)
+from tuning.locks import held
 from tuning.names import checked_name
-from tuning.runner import Outcome, cache_dir, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.runner import Outcome, check_data, run, terminal, write_sweep_json
 from tuning.secrets import redact
 from tuning.shared import check_cluster
-from tuning.sweep import SweepPlan, perturbable
+from tuning.storage import Bucket, cache_dir, here_for
+from tuning.sweep import SweepPlan, driver_folder, perturbable
 from tuning.uris import check_uri
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
@@ -82,8 +92,9 @@ def _command(sweeps: Sweeps) -> Any:
         ] = None,
         name: Annotated[str | None, typer.Option(help="name of this sweep [default: SWEEP and the time]")] = None,
         storage: Annotated[
-            Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE", show_envvar=True)
-        ] = Path("sweeps"),
+            str,
+            typer.Option(help="folder of sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE", show_envvar=True),
+        ] = "sweeps",
         tracking_uri: Annotated[
             str | None, typer.Option(help="MLflow server or database [default: sqlite:///STORAGE/mlflow.db]")
         ] = None,
@@ -103,7 +114,7 @@ def _command(sweeps: Sweeps) -> Any:
             print_sweeps(sweeps)
             return 0
         if resume is not None:
-            plan = SweepPlan.load(storage / checked_name("--resume", resume))
+            plan = load_sweep(storage, checked_name("--resume", resume))
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
             return search(plan, quiet, resume=True, retry=retry is not None)
         if retry is not None:
@@ -162,7 +173,7 @@ def resolve(
     settings: list[str],
     dimensions: list[str],
     name: str | None,
-    storage: Path,
+    storage: str | Path,
     tracking_uri: str | None,
     address: str,
     max_concurrent: int,
@@ -196,9 +207,11 @@ def resolve(
     directed = [key for key, m in family.metrics.items() if m.mode != "none"]
     if objective not in directed:
         raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
-    storage = storage.expanduser().resolve()
+    place = opened(storage)
     if tracking_uri is not None:
-        check_uri(tracking_uri, storage)
+        check_uri(tracking_uri, driver_folder(place))
+        if isinstance(place, Bucket):
+            check_tracking_uri(tracking_uri)
     if name is None:
         name = f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
     searcher = searcher or chosen.searcher
@@ -218,8 +231,9 @@ def resolve(
         covariates=_covariates(covariates, chosen, family),
         engine=engine,
         lanes=lanes,
-        storage=storage,
-        tracking_uri=tracking_uri or f"sqlite:///{storage / 'mlflow.db'}",
+        storage=driver_folder(place),
+        bucket=place.url if isinstance(place, Bucket) else "",
+        tracking_uri=tracking_uri or ("" if isinstance(place, Bucket) else f"sqlite:///{place.path / 'mlflow.db'}"),
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
@@ -278,7 +292,8 @@ def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> i
         refuse_existing(plan)
     with contextlib.ExitStack() as stack:
         if resume:
-            only_driver(plan, stack)
+            may_write = only_driver(plan, stack)
+            bring_here(plan)
             for change in check_resume(plan):
                 if not quiet:
                     print(f"warning: since this sweep last ran: {change}", file=sys.stderr)
@@ -286,21 +301,24 @@ def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> i
         if plan.address:
             check_cluster(plan)
         if not resume:
+            if plan.bucket:
+                may_write = only_driver(plan, stack)
             write_sweep_json(plan, Path(sys.argv[0]).resolve().parent, data)
-            only_driver(plan, stack)
-        return _run(plan, quiet, resume, retry)
+            if not plan.bucket:  # its lock is in the folder
+                may_write = only_driver(plan, stack)
+        return _run(plan, quiet, resume, retry, may_write)
 
 
-def _run(plan: SweepPlan, quiet: bool, resume: bool, retry: bool) -> int:
+def _run(plan: SweepPlan, quiet: bool, resume: bool, retry: bool, may_write: Callable[[], None]) -> int:
     console = terminal()
     again = f"continue with: {_resume_command(plan)}"
     try:
-        outcome = run(plan, console, quiet, resume, retry, last_words=f"stopped at once; {again}")
+        outcome = run(plan, console, quiet, resume, retry, last_words=f"stopped at once; {again}", may_write=may_write)
     except KeyboardInterrupt:
         print(f"interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
-        lost = trouble(plan.folder, error)
+        lost = trouble(plan.folder, error).replace(str(plan.folder), str(plan.store))
         if lost:
             print(f"the sweep stopped: {lost}; then {again}", file=sys.stderr)
             return 1
@@ -322,16 +340,6 @@ def _run(plan: SweepPlan, quiet: bool, resume: bool, retry: bool) -> int:
     return 0
 
 
-def only_driver(plan: SweepPlan, stack: contextlib.ExitStack) -> None:
-    """Hold the sweep's lock until `stack` ends; `BadValue` names the driver that holds it already."""
-    try:
-        stack.enter_context(held(plan.folder / "driver.lock"))
-    except Taken as error:
-        raise BadValue(
-            f"the sweep '{plan.name}' is being run by {error}: let it finish, or stop it there, before it is resumed"
-        ) from None
-
-
 def check_resume(plan: SweepPlan) -> list[str]:
     """What has changed since the sweep last ran; `BadValue` where it cannot go on."""
     from tuning.continuity import check
@@ -343,6 +351,8 @@ def check_resume(plan: SweepPlan) -> list[str]:
 def tell_unfinished(plan: SweepPlan) -> None:
     """A sweep of this script that was cut off may be what the user means: say how it goes on. At most the newest."""
     newest: tuple[float, str] | None = None
+    if plan.bucket:  # looking would be a request a sweep
+        return
     for path in plan.storage.glob("*/journal.jsonl"):
         try:
             old = SweepPlan.load(path.parent)
@@ -361,22 +371,31 @@ def tell_unfinished(plan: SweepPlan) -> None:
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     """The three lines: where the report is, how to open MLflow, how to resume."""
     lines = Table.grid(padding=(0, 2))
-    uri = plan.tracking_uri
+    uri = plan.tracking_uri or f"sqlite:///{_read_folder(plan) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
-        opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
+        command = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
-        opened = redact(uri)
-    lines.add_row("report", Text(_shown(plan.folder / "report" / "index.html")))
-    lines.add_row("MLflow", Text(opened))
+        command = redact(uri)
+    page = Path(plan.name, "report", "index.html")
+    lines.add_row("report", Text(_shown(_read_folder(plan) / page)))
+    if plan.bucket:
+        lines.add_row("", Text(f"{plan.bucket}/{page}"))
+    lines.add_row("MLflow", Text(command))
     lines.add_row("resume", Text(_resume_command(plan)))
     console.print()
     console.print(lines, soft_wrap=True)
 
 
+def _read_folder(plan: SweepPlan) -> Path:
+    """The storage, or this machine's copy of it for readers."""
+    return here_for(Bucket(plan.bucket), "read") if plan.bucket else plan.storage
+
+
 def _resume_command(plan: SweepPlan) -> str:
     script = Path(plan.command[0]).name if plan.command else "tune.py"
-    default = Path("sweeps").resolve() == plan.storage
-    return f"python {script} --resume {plan.name}" + ("" if default else f" --storage {_shown(plan.storage)}")
+    if Path("sweeps").resolve() == plan.storage:
+        return f"python {script} --resume {plan.name}"
+    return f"python {script} --resume {plan.name} --storage {plan.bucket or _shown(plan.storage)}"
 
 
 def _shown(path: Path) -> str:

@@ -44,7 +44,7 @@ class Delivery:
 
     def _start(self) -> subprocess.Popen:
         plan = self._plan
-        command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", str(plan.storage), "--follow"]
+        command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", plan.where, "--follow"]
         # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
         return subprocess.Popen(
             [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
@@ -53,7 +53,7 @@ class Delivery:
 
 def report(plan: SweepPlan) -> None:
     """Write the sweep's HTML report."""
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", str(plan.storage)]
+    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", plan.where]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
     if done.returncode:
         log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))

@@ -65,14 +65,21 @@ class Journal:
         data = (json.dumps(entry, default=_plain) + "\n").encode()
         try:
             with self._lock:
-                self._file.write(data)
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
-                    raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
+                self._append(entry, data)
         except OSError as error:
-            raise StorageFailed(f"{self._path} could not be written ({error.strerror})") from error
+            raise StorageFailed(f"{self._place} could not be written ({error.strerror or error})") from error
         return entry
+
+    @property
+    def _place(self) -> str:
+        return str(self._path)
+
+    def _append(self, entry: Event, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
+            raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk left in the buffer was never said to be written

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
-from trainables.files import write_atomically
 from tuning.checkpoints import CheckpointStore
 from tuning.journal import Event, Journal
 from tuning.progress import Progress
@@ -45,7 +45,8 @@ class Recorder(Callback):
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
-        self._checkpoints = CheckpointStore(plan.folder / "checkpoints")
+        self._checkpoints = CheckpointStore(plan.store.at("checkpoints"))
+        self._aside = ThreadPoolExecutor(1, "discard")  # the process waits for it at its end
         self._decisions: dict[str, str] = {}
         self._exploits: dict[str, dict[str, Any]] = {}
         self._last: dict[str, str] = {}  # trial -> what was decided of its last report
@@ -143,29 +144,34 @@ class Recorder(Callback):
         """Drop checkpoints that a kill left behind after their config's end."""
         for key, row in self._table.rows.items():
             if self._plan.scheduler != "pbt" and row["config_stop_reason"] in ("finished", "stopped", "diverged"):
-                self._checkpoints.discard(key)
+                self._discard(key)
 
     def write_table(self) -> None:
         """runs.parquet as of now."""
         if self._table.rows:
-            self._table.write(self._plan.folder / "runs.parquet")
+            self._table.write(self._plan.store)
         self._written = time.monotonic()
+
+    def _discard(self, run: str) -> None:
+        """Remove a run's checkpoints; from a bucket beside the driver's loop, which does not wait for it."""
+        if self._plan.bucket:
+            self._aside.submit(self._checkpoints.discard, run)
+        else:
+            self._checkpoints.discard(run)
 
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
         key = self._config_of.get(trial.trial_id, trial.config["config_key"])
         line = None
         if error is not None:
             error = redact(error)
-            folder = self._plan.folder / "errors"
-            folder.mkdir(exist_ok=True)
-            write_atomically(folder / f"{key}.txt", error.encode())
+            self._plan.store.write(f"errors/{key}.txt", error.encode())
             line = last_line(error)
         else:
-            (self._plan.folder / "errors" / f"{key}.txt").unlink(missing_ok=True)  # of a try before --retry
+            self._plan.store.remove(f"errors/{key}.txt")  # of a try before --retry
         self.write("end", trial=trial.trial_id, config_key=key, stop_reason=reason, epoch=epoch, error=line)
         if self._plan.scheduler != "pbt" and reason not in ("crashed", "oom"):  # PBT's others may still take from it
             for run in self._table.runs_of.get(trial.trial_id, ()):
-                self._checkpoints.discard(run)
+                self._discard(run)
 
     def _exploited(self, trial: str, epoch: int, config: Mapping[str, Any]) -> None:
         """The old config ends; a new one goes on in the same trial, from its parent's states."""

@@ -7,10 +7,9 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,14 +19,14 @@ from typing import Any
 from rich.console import Console
 
 from trainables.datasets.cache import files_read
-from trainables.family import BadValue
-from trainables.files import write_atomically
 from tuning.continuity import data_facts, facts
 from tuning.delivery import Delivery, report
 from tuning.ground import StorageFailed
 from tuning.interruptions import Interruptions
+from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
 from tuning.provenance import git
-from tuning.secrets import RedactingFormatter, keep_uri
+from tuning.secrets import RedactingFormatter
+from tuning.storage import cache_dir
 from tuning.sweep import SweepPlan
 
 log = logging.getLogger(__name__)
@@ -57,14 +56,6 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def cache_dir() -> Path:
-    """The node's cache of decoded data and probe results: $LANEWISE_CACHE, or the user's cache folder."""
-    base = os.environ.get("LANEWISE_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if os.environ.get("LANEWISE_CACHE"):
-        return Path(str(base))
-    return Path(base or Path.home() / ".cache") / "lanewise"
-
-
 def check_data(plan: SweepPlan) -> set[Path]:
     """Decode every data set the sweep names, so that a missing or broken file is told before anything is written.
     Returns the files they are made of."""
@@ -89,17 +80,24 @@ def _some_points(plan: SweepPlan, most: int = 2000) -> Iterator[dict[str, Any]]:
 
 
 def run(
-    plan: SweepPlan, console: Console, quiet: bool, resume: bool, retry: bool = False, last_words: str = ""
+    plan: SweepPlan,
+    console: Console,
+    quiet: bool,
+    resume: bool,
+    retry: bool = False,
+    last_words: str = "",
+    may_write: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file.
 
     Args:
         retry: of a resumed sweep, also configs that failed.
         last_words: the line for the second Ctrl-C, which ends the process at once.
+        may_write: raises where another driver has taken over (`tuning.keeping.only_driver`).
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    with _log_file(plan.folder / "log.txt") as terminal_error:
+    with _log_file(plan.folder / "log.txt") as terminal_error, shipped_log(plan):
         from tuning.progress import Progress, results_table
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
@@ -108,7 +106,7 @@ def run(
             stack.callback(interruptions.release)
             delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, interruptions, delivery, resume, retry, seconds)
+                outcome = _search(plan, progress, interruptions, delivery, resume, retry, seconds, may_write)
             except Exception:
                 log.exception("the sweep failed")
                 raise
@@ -121,7 +119,7 @@ def run(
     seconds["whole"] = time.monotonic() - started
     if not quiet:
         console.print(results_table(outcome[1], plan.metric, plan.objective.mode))
-    (plan.folder / "timing.json").write_text(json.dumps(seconds, indent=1))
+    plan.store.write("timing.json", json.dumps(seconds, indent=1).encode())
     return Outcome(dict(progress.ended), *outcome[0], outcome[2], seconds)
 
 
@@ -133,6 +131,7 @@ def _search(
     resume: bool,
     retry: bool,
     seconds: dict[str, float],
+    may_write: Callable[[], None],
 ) -> tuple[tuple[str, str], Any, int]:
     """The part inside Ray. Returns (why it ended, and details), rows of the runs table, results the driver took."""
     begun = time.monotonic()
@@ -150,7 +149,6 @@ def _search(
 
     from lanes.host import HostSettings, Pool, find_slots
     from tuning.demand import release
-    from tuning.journal import Journal
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
     from tuning.runs import RunTable
@@ -181,7 +179,7 @@ def _search(
         source = make_source(plan)
         scheduler = make_scheduler(plan)
         past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
-        journal = Journal(plan.folder / "journal.jsonl")
+        journal = open_journal(plan, may_write)
         schedule = plain["schedule"]
         lanes_wanted = -(-concurrent * plan.seeds // len(slots))
         settings = HostSettings(
@@ -196,14 +194,15 @@ def _search(
             / len(slots),
             data_dir=plan.data_dir,
             cache_dir=cache_dir(),
-            make_recorder=partial(_make_curve_writer, plan.folder, _curve_metadata(plain), journal.now),
-            make_checkpoints=partial(_make_checkpoint_store, plan.folder),
+            make_recorder=partial(make_curves, plan.store, _curve_metadata(plain), journal.now),
+            make_checkpoints=partial(make_checkpoints, plan.store),
+            make_log=partial(make_log, plan.store),
             make_formatter=RedactingFormatter,
         )
         pool = (
             ray.remote(Pool)
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
-            .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
+            .remote(settings, concurrent, 1 - TRIAL_CPUS)
         )
         if plan.scheduler == "pbt":
             ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
@@ -260,7 +259,7 @@ def _search(
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(plan.folder / "ray"),
+                **tune_storage(plan),
                 verbose=0,
                 callbacks=[recorder],
                 stop=stopping,
@@ -338,19 +337,6 @@ def _curve_metadata(plain: dict[str, Any]) -> dict[bytes, bytes]:
     return metadata(plain["name"], plain["family"], plain["metrics"])
 
 
-def _make_curve_writer(folder: Path, schema_metadata: dict[bytes, bytes], session: datetime, label: str) -> Any:
-    from tuning.curves import CurveWriter
-
-    device = label.replace(":", "").replace("@", "-").replace("/", "-")
-    return CurveWriter(folder, f"{session:%Y%m%dT%H%M%S%f}-{device}-{os.getpid()}", schema_metadata)
-
-
-def _make_checkpoint_store(folder: Path) -> Any:
-    from tuning.checkpoints import CheckpointStore
-
-    return CheckpointStore(folder / "checkpoints")
-
-
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[int]:
     """Send what libraries and subprocesses print to the log file; the console keeps the terminal. Gives the terminal's
@@ -397,32 +383,4 @@ def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> 
         "git": git(code),
         "data": data_facts(data, cache_dir()),
     }
-    try:
-        plan.folder.mkdir(parents=True)
-    except FileExistsError:
-        refuse_existing(plan)  # by another driver, this very moment
-    except OSError as error:
-        raise BadValue(f"--storage {plan.storage} cannot be written: {error.strerror}") from error
-    try:
-        keep_uri(plan.folder, plan.tracking_uri)
-        write_atomically(plan.folder / "sweep.json", json.dumps(plain, indent=1).encode())
-    except OSError as error:
-        shutil.rmtree(plan.folder, ignore_errors=True)
-        raise BadValue(f"--storage {plan.storage} cannot be written: {error.strerror}") from error
-
-
-def refuse_existing(plan: SweepPlan) -> None:
-    """A sweep's name is taken, or its storage cannot be written: `BadValue`, before anything is written."""
-    try:
-        taken, parent = plan.folder.exists(), plan.storage
-        while not parent.exists():
-            parent = parent.parent
-    except OSError as error:
-        raise BadValue(f"--storage {plan.storage} cannot be written: {error.strerror}") from None
-    if taken:
-        raise BadValue(
-            f"the sweep '{plan.name}' already exists in {plan.storage}: continue it with --resume {plan.name}, or "
-            "choose another --name"
-        )
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadValue(f"--storage {plan.storage} cannot be written: {parent} is not a writable folder")
+    freeze(plan, plain)

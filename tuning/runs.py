@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from tuning.curves import metadata, write_table
+from tuning.curves import metadata, parquet
 from tuning.journal import Event
+from tuning.storage import Store, as_store
 
 FIXED = {
     "sweep": pa.string(),
@@ -150,7 +151,8 @@ class RunTable:
             arrays[name] = _column([row.get(name) for row in rows])
         return pa.table(arrays)
 
-    def write(self, path: Path) -> None:
+    def write(self, place: Store | Path) -> None:
+        """runs.parquet, in the sweep's folder."""
         plain = self._plain
         schema_metadata = metadata(
             plain["name"],
@@ -160,7 +162,7 @@ class RunTable:
             metric=plain["metric"],
             mode=plain["mode"],
         )
-        write_table(self.to_arrow().replace_schema_metadata(schema_metadata), path)
+        as_store(place).write("runs.parquet", parquet(self.to_arrow().replace_schema_metadata(schema_metadata)))
 
 
 def _flat(value: Any) -> Any:

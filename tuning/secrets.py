@@ -75,7 +75,10 @@ def keep_uri(folder: Path, uri: str) -> None:
 
 
 def tracking_uri(folder: Path, plain: Mapping[str, Any]) -> str:
-    """The tracking URI of the sweep in `folder`, whole; `plain` is its sweep.json."""
+    """The tracking URI of the sweep in `folder`, whole; `plain` is its sweep.json. It is empty there for sweeps in
+    object storage that named none: each machine then has a database of its own beside its copy of them."""
+    if not plain["tracking_uri"]:
+        return f"sqlite:///{folder.parent.resolve() / 'mlflow.db'}"
     path = folder / FILE
     if HIDDEN in plain["tracking_uri"] and path.is_file():
         return str(json.loads(path.read_text())["tracking_uri"])

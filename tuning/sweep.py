@@ -12,7 +12,9 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning.plain import check_plain
 from tuning.secrets import redact, redact_command, tracking_uri
+from tuning.storage import Bucket, Folder, Storage, here_for
 from tuning.uris import check_uri
 
 REDUCTION = 3
@@ -74,10 +76,22 @@ class SweepPlan:
     time_budget: float = 0.0
     command: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    bucket: str = ""
+    """URL of the object storage that holds the sweeps; `storage` is then the driver's own folder, of its machine."""
 
     @property
     def folder(self) -> Path:
         return self.storage / self.name
+
+    @property
+    def store(self) -> Storage:
+        """Where the sweep's files go that others read."""
+        return Bucket(self.bucket).at(self.name) if self.bucket else Folder(self.folder)
+
+    @property
+    def where(self) -> str:
+        """The storage as a user names it."""
+        return self.bucket or str(self.storage)
 
     @cached_property
     def loaded(self) -> Family:
@@ -174,7 +188,7 @@ class SweepPlan:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates")
+            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "bucket")
         }
         program, _ = self.loaded.build(self.reference.values)
         schedule = self.loaded.schedule(program)
@@ -201,7 +215,7 @@ class SweepPlan:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any], storage: Path) -> SweepPlan:
+    def from_plain(cls, plain: Mapping[str, Any], storage: Path, bucket: str = "") -> SweepPlan:
         """The plan that `to_plain` described, its folder now under `storage`."""
         known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
         known.update(
@@ -212,21 +226,25 @@ class SweepPlan:
             data_dir=Path(plain["data_dir"]) if plain["data_dir"] else None,
             command=tuple(plain["command"]),
             storage=storage,
+            bucket=bucket,
         )
         return cls(**known)
 
     @classmethod
-    def load(cls, folder: Path) -> SweepPlan:
-        """The plan of the sweep in `folder`, or `BadValue`."""
-        path = folder / "sweep.json"
+    def load(cls, folder: Path, bucket: str = "") -> SweepPlan:
+        """The plan of the sweep in `folder`, or in the bucket for which that is the driver's folder; or `BadValue`."""
+        place = Bucket(bucket).at(folder.name) if bucket else Folder(folder)
+        path = f"{place}/sweep.json"
         try:
-            plain = json.loads(path.read_bytes())
+            plain = json.loads(place.read("sweep.json"))
             check_plain(plain, folder.name)
-            return cls.from_plain(plain | {"tracking_uri": tracking_uri(folder, plain)}, folder.parent).checked()
+            uri = plain["tracking_uri"] if bucket else tracking_uri(folder, plain)
+            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket).checked()
         except FileNotFoundError:
-            raise BadValue(f"there is no sweep '{folder.name}' in {folder.parent}: {path} does not exist") from None
+            where = bucket or folder.parent
+            raise BadValue(f"there is no sweep '{folder.name}' in {where}: {path} does not exist") from None
         except OSError as error:
-            raise BadValue(f"{path} cannot be read: {error.strerror}") from error
+            raise BadValue(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
             raise BadValue(f"{path} is damaged ({' '.join(why.split())[:200]}): it cannot be resumed") from error
@@ -235,57 +253,16 @@ class SweepPlan:
         """Itself, or `BadValue` where no sweep could be so: what was read from a file is not believed."""
         if self.metric not in self.loaded.metrics:
             raise BadValue(f"{self.family} has no metric '{self.metric}'")
-        check_uri(self.tracking_uri, None, f"the tracking URI {redact(self.tracking_uri)!r}")
+        if self.tracking_uri:  # a sweep in a bucket may have none
+            check_uri(self.tracking_uri, None, f"the tracking URI {redact(self.tracking_uri)!r}")
         for point in self.space.corners():
             self.resolve(point)
         return self
 
 
-PLAIN: dict[str, Any] = {
-    "name": str,
-    "family": str,
-    "sweep": str,
-    "space": list,
-    "base": dict,
-    "seed": int,
-    "seeds": int,
-    "trials": (int, type(None)),
-    "searcher": str,
-    "metric": str,
-    "covariates": list,
-    "engine": str,
-    "lanes": str,
-    "tracking_uri": str,
-    "scheduler": dict,
-}
-"""What sweep.json must hold for a sweep to go on."""
-
-
-def check_plain(plain: Any, name: str) -> None:
-    """Raises ValueError where sweep.json of the folder `name` holds what no command ever wrote."""
-    if not isinstance(plain, dict):
-        raise ValueError("it holds no JSON object")
-    for field_name, kind in PLAIN.items():
-        value = plain[field_name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{field_name} is {str(value)[:60]!r}")
-    if plain["name"] != name:
-        raise ValueError(f"it is of the sweep {plain['name'][:100]!r}: give its folder that name")
-    allowed = {
-        "searcher": ("grid", "random", "qmc", "optuna", "hyperopt"),
-        "engine": ("auto", "serial", "stacked", "branched"),
-    }
-    for field_name, known in allowed.items():
-        if plain[field_name] not in known:
-            raise ValueError(f"{field_name} is {plain[field_name][:60]!r}")
-    if plain["scheduler"]["name"] not in ("asha", *SEGMENTS):
-        raise ValueError(f"scheduler is {plain['scheduler']['name']!r}")
-    if not (plain["lanes"] in ("auto", "off") or (plain["lanes"].isascii() and plain["lanes"].isdecimal())):
-        raise ValueError(f"lanes is {plain['lanes'][:60]!r}")
-    if plain["seeds"] < 1 or plain["seed"] < 0 or (plain["trials"] is not None and plain["trials"] < 1):
-        raise ValueError("seeds, seed or trials is too small")
-    if not all(isinstance(name, str) for name in plain["covariates"]):
-        raise ValueError("covariates are no names")
+def driver_folder(storage: Storage) -> Path:
+    """The folder of this machine that a driver works in: the storage itself, where that is a folder."""
+    return storage.path if isinstance(storage, Folder) else here_for(storage, "drive")
 
 
 def perturbable(space: Space, family: Family) -> list[Choice | Range]:

@@ -6,18 +6,21 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from trainables.family import BadValue
+from tuning import mirror
 from tuning.exits import run_command
 from tuning.journal_check import checked
 from tuning.locks import Taken, held
 from tuning.names import checked_name
+from tuning.plain import load_checked
 from tuning.secrets import RedactingFormatter
-from tuning.sweep import SweepPlan
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -26,20 +29,31 @@ log = logging.getLogger(__name__)
 
 def main(
     name: Annotated[str, typer.Argument(help="the sweep's name")],
-    storage: Annotated[Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE")] = Path("sweeps"),
+    storage: Annotated[
+        str, typer.Option(help="folder of sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE")
+    ] = "sweeps",
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""
-    folder = storage / checked_name("the sweep's name", name)
-    SweepPlan.load(folder)  # is there such a sweep, and is it whole?
-    checked(folder / "journal.jsonl")
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        sent = deliver_alone(folder, follow)
-    except (Away, Taken) as error:
+        checked_name("the sweep's name", name)
+        look = partial(mirror.fetch, storage, name) if mirror.is_url(storage) else lambda: Path(storage) / name
+        folder = look()
+        plain = load_checked(folder)
+        checked(folder / "journal.jsonl")
+    except FileNotFoundError:
+        raise BadValue(f"there is no sweep '{name}' in {storage}: {storage}/{name}/sweep.json does not exist") from None
+    except mirror.StorageError as error:
+        raise BadValue(str(error)) from None
+    try:
+        sent = deliver_alone(folder, follow, look, storage)
+        if mirror.is_url(storage) and plain["tracking_uri"]:
+            mirror.publish(storage, name, [folder / "tracking.json"])
+    except (Away, Taken, mirror.StorageError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(3) from None
     if not follow:
@@ -50,23 +64,24 @@ class Away(BadValue):
     """MLflow could not be reached."""
 
 
-def deliver_alone(folder: Path, follow: int = 0) -> int:
+def deliver_alone(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
     """`deliver`, one process at a time: two would both make the runs that neither finds. The recorder of a driver that
     was killed delivers what it left; the next one's waits for it."""
     begun = time.monotonic()
     while True:
         try:
             with held(folder / "sync.lock"):
-                return deliver(folder, follow)
+                return deliver(folder, follow, look, storage)
         except Taken as error:
             if not follow and time.monotonic() - begun > PATIENCE_SECONDS:
                 raise Taken(f"{folder.name} is being delivered by {error}: it needs no second") from None
         time.sleep(FOLLOW_SECONDS / 4)
 
 
-def deliver(folder: Path, follow: int = 0) -> int:
+def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
     """Deliver once, or until the sweep has finished and process `follow` needs no more. Returns what was sent.
 
+    `look` brings the folder up to date, where it is this machine's copy of a bucket's, which `storage` then names.
     Raises `Away` when the server stays away, `BadValue` when the journal is damaged.
     """
     from tuning.tracking import Tracker
@@ -75,6 +90,8 @@ def deliver(folder: Path, follow: int = 0) -> int:
     while True:
         over = not follow or not _alive(follow)
         try:
+            if look:
+                look()
             tracker = tracker or Tracker(folder)
             sent += tracker.deliver()
             away_since = 0.0
@@ -92,7 +109,7 @@ def deliver(folder: Path, follow: int = 0) -> int:
             if (over or _finished(folder)) and time.monotonic() - away_since > PATIENCE_SECONDS:
                 raise Away(
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
-                    f"`python -m tuning.sync {folder.name} --storage {folder.parent}` delivers it later"
+                    f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
         time.sleep(FOLLOW_SECONDS)
 

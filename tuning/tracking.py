@@ -75,7 +75,7 @@ class Tracker:
         name = f"{self._plain['family']}/{self._plain['sweep']}"
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            uri = self._plain["tracking_uri"]
+            uri = tracking_uri(self._folder, self._plain)
             location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
             # the tag opens MLflow's page for training runs; without it version 3 takes an experiment for a GenAI one
             kind = {"mlflow.experimentKind": "custom_model_development"}
