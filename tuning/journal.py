@@ -31,6 +31,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from trainables.family import BadValue
 from tuning.ground import StorageFailed
 
 Event = dict[str, Any]
@@ -86,7 +87,10 @@ class Journal:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """(event, offset after it) of every whole line from byte `offset`; an unfinished last line is left for later."""
+    """(event, offset after it) of every whole line from byte `offset`; an unfinished last line is left for later.
+
+    Raises `BadValue` where a line is no event.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -95,7 +99,20 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield json.loads(line), offset
+            yield _event(path, line, offset), offset
+
+
+def _event(path: Path, line: bytes, end: int) -> Event:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise BadValue(
+            f"{path} is damaged: what ends at byte {end} is no event ({line[:40]!r}); bring back a copy of it, or "
+            "begin a new sweep"
+        )
+    return event
 
 
 def cut_off(path: Path) -> bool:

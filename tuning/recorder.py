@@ -33,12 +33,15 @@ class Recorder(Callback):
     """One for a sweep. `on_decision` and `on_exploit` are for the scheduler, `apply` for events that others wrote.
 
     `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT),
-    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals.
+    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals;
+    `on_step()` is called in each turn of Tune's loop.
     """
 
     on_abandon: Callable[[str], None]
     on_storage: Callable[[str], None] = staticmethod(lambda line: None)
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)
+
+    on_step: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
@@ -93,11 +96,12 @@ class Recorder(Callback):
             return
         self.results += 1
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
-        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
+        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device")
         self.write(
             "report",
             **identity,
             **{name: result[name] for name in fields},
+            done=bool(reason),  # not result["done"]: Tune has set that where the scheduler said STOP
             fraction=result["progress"] / self._plan.length,
         )
         worst = self._worst.setdefault(trial.trial_id, dict(trial.config.get("worst", {})))
@@ -132,6 +136,7 @@ class Recorder(Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.draw()
+        self.on_step()
         if time.monotonic() - self._written > TABLE_SECONDS:
             self.write_table()
 

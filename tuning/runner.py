@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from trainables.datasets.cache import files_read
 from tuning.continuity import data_facts, facts
+from tuning.delivery import Delivery, report
 from tuning.ground import StorageFailed
 from tuning.interruptions import Interruptions
 from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
@@ -104,17 +104,17 @@ def run(
         interruptions = Interruptions(partial(_say, terminal_error), last_words)
         with progress, contextlib.ExitStack() as stack:
             stack.callback(interruptions.release)
-            sync = _start_sync(plan)
+            delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, interruptions, resume, retry, seconds, may_write)
+                outcome = _search(plan, progress, interruptions, delivery, resume, retry, seconds, may_write)
             except Exception:
                 log.exception("the sweep failed")
                 raise
             begun = time.monotonic()
             progress.phase("writing the report")
-            _report(plan)
+            report(plan)
             progress.phase("recording in MLflow")
-            _finish_sync(plan, sync)
+            delivery.finish()
             seconds["report and MLflow"] = time.monotonic() - begun
     seconds["whole"] = time.monotonic() - started
     if not quiet:
@@ -127,6 +127,7 @@ def _search(
     plan: SweepPlan,
     progress: Any,
     interruptions: Interruptions,
+    delivery: Delivery,
     resume: bool,
     retry: bool,
     seconds: dict[str, float],
@@ -221,6 +222,7 @@ def _search(
         stopping.save = lambda: ray.get(pool.save.remote(), timeout=SAVE_SECONDS)  # type: ignore
         recorder.on_event = stopping.apply
         recorder.on_storage = partial(stopping.stop, "storage")
+        recorder.on_step = delivery.check
         proposer = Proposer(
             plan,
             source,
@@ -382,32 +384,3 @@ def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> 
         "data": data_facts(data, cache_dir()),
     }
     freeze(plan, plain)
-
-
-def _start_sync(plan: SweepPlan) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", plan.where, "--follow"]
-    # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
-    return subprocess.Popen(
-        [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
-    )
-
-
-def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:
-    if sync.wait() != 0:
-        log.error(
-            "MLflow's recorder ended with code %s; `python -m tuning.sync %s` delivers later",
-            sync.returncode,
-            plan.name,
-        )
-
-
-def _report(plan: SweepPlan) -> None:
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", plan.where]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
-    if done.returncode:
-        log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))
-
-
-def _environment() -> dict[str, str]:
-    """Subprocesses find the code where this process found it."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
