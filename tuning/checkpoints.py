@@ -13,11 +13,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -33,6 +32,8 @@ class CheckpointStore:
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
+        import safetensors.torch  # the driver, which only discards, goes without torch
+
         folder = self._folder / run_key
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
@@ -54,6 +55,8 @@ class CheckpointStore:
 
         at_most: prefer the newest that is not past this step.
         """
+        import safetensors.torch
+
         folder = self._folder / run_key
         steps = self._steps(folder)
         if at_most is not None:

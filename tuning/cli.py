@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -186,7 +185,7 @@ def resolve(
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
     if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched" and not address and not torch.cuda.is_available():
+    if engine == "branched" and not address and not _has_gpu():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
     if data_dir is not None and not data_dir.is_dir():
         raise BadValue(f"--data-dir {data_dir} is not a folder")
@@ -337,3 +336,9 @@ def print_sweeps(sweeps: Sweeps) -> None:
         mark = " (default)" if sweep.name == sweeps.default else ""
         table.add_row(f"{sweep.name}{mark}", str(sweep.configs or "any"), str(sweep.seeds), f"{steps:,}", Text(what))
     console.print(table)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

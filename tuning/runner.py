@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,21 +77,22 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
     started = time.monotonic()
     seconds: dict[str, float] = {}
     with _log_file(plan.folder / "log.txt"):
+        from tuning.delivery import Delivery
         from tuning.progress import Progress, results_table
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
         with progress:
-            sync = _start_sync(plan)
+            delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, resume, seconds)
+                outcome = _search(plan, progress, resume, seconds, delivery)
             except Exception:
                 log.exception("the sweep failed")
                 raise
             begun = time.monotonic()
             progress.phase("writing the report")
-            _report(plan)
+            delivery.wait_for_report()
             progress.phase("recording in MLflow")
-            _finish_sync(plan, sync)
+            delivery.finish()
             seconds["report and MLflow"] = time.monotonic() - begun
     seconds["whole"] = time.monotonic() - started
     if not quiet:
@@ -100,7 +101,9 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
     return Outcome(dict(progress.ended), outcome[0], outcome[2], seconds)
 
 
-def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float]) -> tuple[bool, Any, int]:
+def _search(
+    plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float], delivery: Any
+) -> tuple[bool, Any, int]:
     """The part inside Ray. Returns (interrupted, rows of the runs table, results the driver took)."""
     begun = time.monotonic()
     os.environ.update(
@@ -112,20 +115,16 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
-    from ray import tune
 
     from lanes.host import HostSettings, Pool, find_slots
     from tuning.demand import release
     from tuning.journal import Journal
-    from tuning.recorder import Recorder
-    from tuning.resume import Past, replay
-    from tuning.runs import RunTable
-    from tuning.schedulers import Pbt, make_scheduler
-    from tuning.searchers import Proposer, make_source
-    from tuning.trial import ConfigTrial
 
+    # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
+    threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
     _start_ray(plan)
     seconds["Ray's start"] = time.monotonic() - begun
+    begun = time.monotonic()
     try:
         slots = find_slots()
         gpu = slots[0].kind == "cuda"
@@ -164,6 +163,17 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
             .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
         )
+        # the hosts start while this process imports what is left
+        from ray import tune
+
+        from tuning.ramp import Ramp
+        from tuning.recorder import Recorder
+        from tuning.resume import Past, replay
+        from tuning.runs import RunTable
+        from tuning.schedulers import Pbt, make_scheduler
+        from tuning.searchers import Proposer, make_source
+        from tuning.trial import ConfigTrial
+
         if plan.scheduler == "pbt":
             ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         table = RunTable(plain)
@@ -202,13 +212,15 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 "length": plan.length,
             },
         )
+        # a second config for a core comes later; whoever says how many are in flight gets them at once
+        first = in_flight if gpu or plan.max_concurrent or plan.scheduler == "pbt" else len(slots)
+        ramp = Ramp(proposer, first, in_flight)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": trial_cpus}),
             tune_config=tune.TuneConfig(
-                search_alg=proposer,
+                search_alg=ramp.limiter,
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=in_flight,
                 reuse_actors=True,
                 time_budget_s=plan.time_budget or None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -217,29 +229,41 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 name="tune",
                 storage_path=str(plan.folder / "ray"),
                 verbose=0,
-                callbacks=[recorder],
+                callbacks=[recorder, ramp],
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
             ),
         )
-        begun = time.monotonic()
+        searching = time.monotonic()
         tuner.fit()
+        time_up = 0 < plan.time_budget <= time.monotonic() - searching
         seconds["search"] = time.monotonic() - begun
+        seconds["first result"] = (ramp.first_result or time.monotonic()) - begun
         trained: Any = ray.get(pool.flush.remote())  # type: ignore[attr-defined]
         seconds["training, all devices"] = sum(trained.values())
         seconds["devices"] = float(len(trained))
         running = any(row["config_stop_reason"] in ("pending", "running") for row in table.rows.values())
         left = running or proposer.remaining > 0
-        time_up = 0 < plan.time_budget <= seconds["search"]
         interrupted = left and not time_up
         reason = "interrupted" if interrupted else "time budget" if time_up else "done"
         recorder.apply(journal.write("finish", reason=reason))
         recorder.write_table()
         journal.close()
+        delivery.search_is_over()  # both work while Ray goes down
         return interrupted, list(table.rows.values()), recorder.results
     finally:
         if plan.address:
             release()
         ray.shutdown()
+
+
+def _import_libraries(searcher: str) -> None:
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+    if searcher == "optuna":
+        import optuna  # noqa: F401
+    elif searcher == "hyperopt":
+        import hyperopt  # noqa: F401
 
 
 def _beside_the_driver() -> Any:
@@ -250,7 +274,7 @@ def _beside_the_driver() -> Any:
 
 
 def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
-    """Configs in flight: two a core; on GPUs as many as fill the lanes."""
+    """Configs in flight at most: two a core; on GPUs as many as fill the lanes."""
     if not gpu:
         return min(plan.budget, 2 * devices)
     lanes = int(plan.lanes) if plan.lanes.isdigit() else GPU_LANES
@@ -334,35 +358,6 @@ def write_sweep_json(plan: SweepPlan, code: Path) -> None:
     }
     plan.folder.mkdir(parents=True)
     (plan.folder / "sweep.json").write_text(json.dumps(plain, indent=1))
-
-
-def _start_sync(plan: SweepPlan) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", str(plan.storage), "--follow"]
-    # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
-    return subprocess.Popen(
-        [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
-    )
-
-
-def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:
-    if sync.wait() != 0:
-        log.error(
-            "MLflow's recorder ended with code %s; `python -m tuning.sync %s` delivers later",
-            sync.returncode,
-            plan.name,
-        )
-
-
-def _report(plan: SweepPlan) -> None:
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", str(plan.storage)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
-    if done.returncode:
-        log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))
-
-
-def _environment() -> dict[str, str]:
-    """Subprocesses find the code where this process found it."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def refuse_existing(plan: SweepPlan) -> None:

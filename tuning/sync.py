@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import time
 from pathlib import Path
 from typing import Annotated
@@ -39,20 +40,19 @@ def main(
 
 
 def deliver(folder: Path, follow: int = 0) -> int:
-    """Deliver once, or until the sweep has finished and process `follow` needs no more. Returns what was sent.
+    """Deliver once, or for process `follow` until it is gone or ends our standard input, which it also writes to when
+    there is something to deliver at once. Returns what was sent.
 
     Raises `BadValue` when the server stays away.
     """
     from tuning.tracking import Tracker
 
-    tracker, sent, away_since = None, 0, 0.0
+    tracker, sent, away_since, over = None, 0, 0.0, not follow
     while True:
-        over = not follow or not _alive(follow)
         try:
             tracker = tracker or Tracker(folder)
             sent += tracker.deliver()
             away_since = 0.0
-            over = over or tracker.finished
             if over:
                 tracker.artifacts()
                 return sent
@@ -65,7 +65,13 @@ def deliver(folder: Path, follow: int = 0) -> int:
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
                     f"`python -m tuning.sync {folder.name} --storage {folder.parent}` delivers it later"
                 ) from error
-        time.sleep(FOLLOW_SECONDS)
+        over = over or not _wait(FOLLOW_SECONDS) or not _alive(follow)
+
+
+def _wait(seconds: float) -> bool:
+    """Until standard input has something, or so long. False when it has ended."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    return not ready or bool(os.read(0, 4096))
 
 
 def _finished(folder: Path) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from trainables.family import BadValue
 
@@ -63,6 +62,8 @@ def find_files(data_dir: Path | None, folder: str, names: Sequence[str], what: s
 
 def fetch(cache_dir: Path, url: str, known_hash: str, what: str) -> Path:
     """Download a published file once, checked against its hash ("md5:..." or "sha256:..."). `BadValue` if it fails."""
+    import pooch
+
     try:
         return Path(pooch.retrieve(url, known_hash, path=cache_dir / "downloads", progressbar=False))
     except Exception as error:  # requests, OS and hash errors alike: the user needs the address and the way around
