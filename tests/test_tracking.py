@@ -115,7 +115,9 @@ def test_a_follower_delivers_at_a_word_and_ends_when_its_driver_hangs_up(undistu
     own = {"name": "copy", "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     (tmp_path / "copy" / "sweep.json").write_text(json.dumps(plain | own))
     command = [sys.executable, "-m", "tuning.sync", "copy", "--storage", str(tmp_path), "--follow", str(os.getpid())]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as sync:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as sync:
         assert sync.stdin is not None
         sync.stdin.write(b"\n")
         sync.stdin.flush()

@@ -23,7 +23,7 @@ class Delivery:
 
     def __init__(self, plan: SweepPlan):
         self._plan = plan
-        of_sweep = [plan.name, "--storage", str(plan.storage)]
+        of_sweep = [plan.name, "--storage", plan.where]
         self._sync = _start([sys.executable, "-m", "tuning.sync", *of_sweep, "--follow", str(os.getpid())])
         # the report goes to MLflow with the recorder's other files: it need not load MLflow, too
         self._command = [sys.executable, "-m", "analysis", "report", *of_sweep, "--tracking-uri", "none"]
@@ -41,7 +41,7 @@ class Delivery:
         if code < 0:
             code = subprocess.run(self._command, stdin=subprocess.DEVNULL, env=_environment(), check=False).returncode
         if code:
-            command = f"python -m analysis report {self._plan.name} --storage {self._plan.storage}"
+            command = f"python -m analysis report {self._plan.name} --storage {self._plan.where}"
             log.error("the report ended with code %s; `%s` writes it again", code, command)
 
     def finish(self) -> None:

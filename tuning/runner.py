@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,13 +19,21 @@ from typing import Any
 
 from rich.console import Console
 
-from trainables.family import BadValue
-from tuning.provenance import git, versions
+from trainables.datasets.cache import files_read
+from tuning.continuity import data_facts, facts
+from tuning.ground import StorageFailed
+from tuning.interruptions import Interruptions
+from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
+from tuning.provenance import git
+from tuning.secrets import RedactingFormatter
+from tuning.storage import cache_dir
 from tuning.sweep import SweepPlan
 
 log = logging.getLogger(__name__)
 CPU_LANES = 16
 GPU_LANES = 128
+SAVE_SECONDS = 60.0
+"""How long an interrupted sweep waits for its hosts to checkpoint what they train."""
 TRIAL_CPUS = 0.2
 """Share of a node's processors that all trials together may hold; hosts hold the rest."""
 
@@ -36,30 +44,29 @@ LOST_PROCESSES = 10
 
 @dataclass
 class Outcome:
-    """How a sweep ended, and where its time went (seconds)."""
+    """How a sweep ended, and where its time went (seconds).
+
+    `reason` is what the journal's `finish` says: done, time budget, interrupted, too many crashes.
+    """
 
     ended: dict[str, int]
-    interrupted: bool
+    reason: str
+    detail: str
     results: int
     seconds: dict[str, float]
 
 
-def cache_dir() -> Path:
-    """The node's cache of decoded data and probe results: $LANEWISE_CACHE, or the user's cache folder."""
-    base = os.environ.get("LANEWISE_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if os.environ.get("LANEWISE_CACHE"):
-        return Path(str(base))
-    return Path(base or Path.home() / ".cache") / "lanewise"
-
-
-def check_data(plan: SweepPlan) -> None:
-    """Decode every data set the sweep names, so that a missing or broken file is told before anything is written."""
+def check_data(plan: SweepPlan) -> set[Path]:
+    """Decode every data set the sweep names, so that a missing or broken file is told before anything is written.
+    Returns the files they are made of."""
     seen = set()
-    for point in _some_points(plan):
-        program, _ = plan.loaded.build(plan.values_at(point))
-        if program.data not in seen:
-            seen.add(program.data)
-            plan.loaded.load(program, plan.data_dir, cache_dir())
+    with files_read() as files:
+        for point in _some_points(plan):
+            program, _ = plan.loaded.build(plan.values_at(point))
+            if program.data not in seen:
+                seen.add(program.data)
+                plan.loaded.load(program, plan.data_dir, cache_dir())
+    return {path for path in files if not path.is_relative_to(cache_dir().resolve())}
 
 
 def _some_points(plan: SweepPlan, most: int = 2000) -> Iterator[dict[str, Any]]:
@@ -72,19 +79,35 @@ def _some_points(plan: SweepPlan, most: int = 2000) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome:
-    """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file."""
+def run(
+    plan: SweepPlan,
+    console: Console,
+    quiet: bool,
+    resume: bool,
+    retry: bool = False,
+    last_words: str = "",
+    may_write: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file.
+
+    Args:
+        retry: of a resumed sweep, also configs that failed.
+        last_words: the line for the second Ctrl-C, which ends the process at once.
+        may_write: raises where another driver has taken over (`tuning.keeping.only_driver`).
+    """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    with _log_file(plan.folder / "log.txt"):
+    with _log_file(plan.folder / "log.txt") as terminal_error, shipped_log(plan):
         from tuning.delivery import Delivery
         from tuning.progress import Progress, results_table
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
-        with progress:
+        interruptions = Interruptions(partial(_say, terminal_error), last_words)
+        with progress, contextlib.ExitStack() as stack:
+            stack.callback(interruptions.release)
             delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, resume, seconds, delivery)
+                outcome = _search(plan, progress, interruptions, resume, retry, seconds, may_write, delivery)
             except Exception:
                 log.exception("the sweep failed")
                 raise
@@ -97,19 +120,27 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
     seconds["whole"] = time.monotonic() - started
     if not quiet:
         console.print(results_table(outcome[1], plan.metric, plan.objective.mode))
-    (plan.folder / "timing.json").write_text(json.dumps(seconds, indent=1))
-    return Outcome(dict(progress.ended), outcome[0], outcome[2], seconds)
+    plan.store.write("timing.json", json.dumps(seconds, indent=1).encode())
+    return Outcome(dict(progress.ended), *outcome[0], outcome[2], seconds)
 
 
 def _search(
-    plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float], delivery: Any
-) -> tuple[bool, Any, int]:
-    """The part inside Ray. Returns (interrupted, rows of the runs table, results the driver took)."""
+    plan: SweepPlan,
+    progress: Any,
+    interruptions: Interruptions,
+    resume: bool,
+    retry: bool,
+    seconds: dict[str, float],
+    may_write: Callable[[], None],
+    delivery: Any,
+) -> tuple[tuple[str, str], Any, int]:
+    """The part inside Ray. Returns (why it ended, and details), rows of the runs table, results the driver took."""
     begun = time.monotonic()
     os.environ.update(
         RAY_AIR_NEW_OUTPUT="0",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         RAY_CHDIR_TO_TRIAL_DIR="0",
+        TUNE_DISABLE_SIGINT_HANDLER="1",  # see `tuning.interruptions`
     )
     if not plan.address:
         # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
@@ -118,7 +149,6 @@ def _search(
 
     from lanes.host import HostSettings, Pool, find_slots
     from tuning.demand import release
-    from tuning.journal import Journal
 
     # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
     threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
@@ -141,6 +171,7 @@ def _search(
         # there are no files of Tune's own loggers: our tables are elsewhere
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         plain = plan.to_plain()
+        journal = open_journal(plan, may_write)
         schedule = plain["schedule"]
         lanes_wanted = -(-concurrent * plan.seeds // len(slots))
         settings = HostSettings(
@@ -155,13 +186,15 @@ def _search(
             / len(slots),
             data_dir=plan.data_dir,
             cache_dir=cache_dir(),
-            make_recorder=partial(_make_curve_writer, plan.folder, _curve_metadata(plain), datetime.now(UTC)),
-            make_checkpoints=partial(_make_checkpoint_store, plan.folder),
+            make_recorder=partial(make_curves, plan.store, _curve_metadata(plain), journal.now),
+            make_checkpoints=partial(make_checkpoints, plan.store),
+            make_log=partial(make_log, plan.store),
+            make_formatter=RedactingFormatter,
         )
         pool = (
             ray.remote(Pool)
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
-            .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
+            .remote(settings, concurrent, 1 - TRIAL_CPUS)
         )
         # the hosts start while this process imports what is left
         from ray import tune
@@ -172,22 +205,31 @@ def _search(
         from tuning.runs import RunTable
         from tuning.schedulers import Pbt, make_scheduler
         from tuning.searchers import Proposer, make_source
+        from tuning.stopping import Stopping
         from tuning.trial import ConfigTrial
 
-        if plan.scheduler == "pbt":
-            ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         table = RunTable(plain)
         source = make_source(plan)
         scheduler = make_scheduler(plan)
-        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler) if resume else Past()
-        journal = Journal(plan.folder / "journal.jsonl")
+        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
+        if plan.scheduler == "pbt":
+            ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
             scheduler.exploited = recorder.on_exploit
-        journal.write("begin", versions=versions(), resumed=resume)
+        recorder.write("begin", **facts(plan), resumed=resume)
+        for kind, fields in past.unwritten:
+            recorder.write(kind, **fields)
+        recorder.discard_ended()
+        if retry and not past.retried:
+            progress.say("no config crashed, ran out of memory or diverged: there is nothing to retry")
+        stopping = Stopping(plan.time_budget, plan.budget)
+        stopping.save = lambda: ray.get(pool.save.remote(), timeout=SAVE_SECONDS)  # type: ignore
+        recorder.on_event = stopping.apply
+        recorder.on_storage = partial(stopping.stop, "storage")
         proposer = Proposer(
             plan,
             source,
@@ -196,7 +238,7 @@ def _search(
             past.proposed,
             past.seeds_used,
             past.unfinished,
-            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces]),
+            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces], past.last.get(replaces)),
         )
         recorder.on_abandon = proposer.abandon
         trainable = tune.with_parameters(
@@ -222,34 +264,38 @@ def _search(
                 scheduler=scheduler,
                 num_samples=-1,
                 reuse_actors=True,
-                time_budget_s=plan.time_budget or None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(plan.folder / "ray"),
+                **tune_storage(plan),
                 verbose=0,
                 callbacks=[recorder, ramp],
+                stop=stopping,
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
             ),
         )
-        searching = time.monotonic()
+        interruptions.on_first = partial(stopping.stop, "interrupted")
+        interruptions.catch()
         tuner.fit()
-        time_up = 0 < plan.time_budget <= time.monotonic() - searching
+        interruptions.on_first = None
         seconds["search"] = time.monotonic() - begun
         seconds["first result"] = (ramp.first_result or time.monotonic()) - begun
+        if stopping.reason == "storage":
+            raise StorageFailed(stopping.detail)
         trained: Any = ray.get(pool.flush.remote())  # type: ignore[attr-defined]
         seconds["training, all devices"] = sum(trained.values())
         seconds["devices"] = float(len(trained))
         running = any(row["config_stop_reason"] in ("pending", "running") for row in table.rows.values())
         left = running or proposer.remaining > 0
-        interrupted = left and not time_up
-        reason = "interrupted" if interrupted else "time budget" if time_up else "done"
-        recorder.apply(journal.write("finish", reason=reason))
+        reason = stopping.reason or ("interrupted" if left else "done")
+        if reason == "interrupted" and not left:
+            reason = "done"
+        recorder.write("finish", reason=reason, detail=stopping.detail)
         recorder.write_table()
         journal.close()
         delivery.search_is_over()  # both work while Ray goes down
-        return interrupted, list(table.rows.values()), recorder.results
+        return (reason, stopping.detail), list(table.rows.values()), recorder.results
     finally:
         if plan.address:
             release()
@@ -264,6 +310,12 @@ def _import_libraries(searcher: str) -> None:
         import optuna  # noqa: F401
     elif searcher == "hyperopt":
         import hyperopt  # noqa: F401
+
+
+def _say(descriptor: int, line: str) -> None:
+    """A line to a file descriptor; also from within a signal's handler."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{line}\n".encode())
 
 
 def _beside_the_driver() -> Any:
@@ -305,22 +357,10 @@ def _curve_metadata(plain: dict[str, Any]) -> dict[bytes, bytes]:
     return metadata(plain["name"], plain["family"], plain["metrics"])
 
 
-def _make_curve_writer(folder: Path, schema_metadata: dict[bytes, bytes], session: datetime, label: str) -> Any:
-    from tuning.curves import CurveWriter
-
-    device = label.replace(":", "").replace("@", "-").replace("/", "-")
-    return CurveWriter(folder, f"{session:%Y%m%dT%H%M%S%f}-{device}-{os.getpid()}", schema_metadata)
-
-
-def _make_checkpoint_store(folder: Path) -> Any:
-    from tuning.checkpoints import CheckpointStore
-
-    return CheckpointStore(folder / "checkpoints")
-
-
 @contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Send what libraries and subprocesses print to the log file; the console keeps the terminal."""
+def _log_file(path: Path) -> Iterator[int]:
+    """Send what libraries and subprocesses print to the log file; the console keeps the terminal. Gives the terminal's
+    standard error, a file descriptor."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -328,15 +368,16 @@ def _log_file(path: Path) -> Iterator[None]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s driver %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s driver %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:
-        yield
+        yield saved[1]
     finally:
         root.removeHandler(handler)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                stream.flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         os.close(saved[0])
@@ -349,26 +390,17 @@ def terminal() -> Console:
     return Console(file=file, highlight=False, width=None if file.isatty() else 120)
 
 
-def write_sweep_json(plan: SweepPlan, code: Path) -> None:
-    """Freeze the command: sweep.json, written once, when the sweep's folder is made."""
+def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> None:
+    """Freeze the command: sweep.json, written once, when the sweep's folder is made.
+
+    Args:
+        code: the folder of the script.
+        data: the files its data sets are made of.
+    """
     plain = plan.to_plain() | {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **facts(plan),
         "git": git(code),
+        "data": data_facts(data, cache_dir()),
     }
-    plan.folder.mkdir(parents=True)
-    (plan.folder / "sweep.json").write_text(json.dumps(plain, indent=1))
-
-
-def refuse_existing(plan: SweepPlan) -> None:
-    """A sweep's name is taken, or its storage cannot be written: `BadValue`, before anything is written."""
-    if plan.folder.exists():
-        raise BadValue(
-            f"the sweep '{plan.name}' already exists in {plan.storage}: continue it with --resume {plan.name}, or "
-            "choose another --name"
-        )
-    parent = plan.storage
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadValue(f"--storage {plan.storage} cannot be written: {parent} is not a writable folder")
+    freeze(plan, plain)
