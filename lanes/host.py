@@ -72,7 +72,7 @@ class Host:
         self._checkpoints: Checkpoints = StoredCheckpoints(settings.make_checkpoints())
         self._stacks: dict[str, Stack] = {}
         self._stack_of: dict[str, str] = {}  # token -> program key
-        self._arrays: dict[str, Any] = {}  # memory-mapped file -> tensor on the device, shared by programs
+        self._arrays: dict[tuple, Any] = {}  # part of a memory-mapped file -> tensor on the device, for all programs
         self._notices: list[str] = []  # for the user, with the next report
         self._ended_here: list[Report] = []  # of configs for which there was no memory
 
@@ -218,20 +218,29 @@ class Host:
         return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """On the device, once for all programs that read the same memory-mapped file."""
+        """On the device, once for all programs that read the same part of a memory-mapped file."""
         from lanes.engine import put
 
         placed = {}
         for name, array in arrays.items():
-            file = str(getattr(array, "filename", None) or "")
-            if file not in self._arrays:
-                tensor = put({name: array}, self.device)[name]
-                if not file:
-                    placed[name] = tensor
-                    continue
-                self._arrays[file] = tensor
-            placed[name] = self._arrays[file]
+            part = _part(array)
+            if part is None:
+                placed[name] = put({name: array}, self.device)[name]
+                continue
+            if part not in self._arrays:
+                self._arrays[part] = put({name: array}, self.device)[name]
+            placed[name] = self._arrays[part]
         return placed
+
+
+def _part(array: Any) -> tuple | None:
+    """Which part of which file a memory-mapped array shows; None for an array in memory."""
+    if not getattr(array, "filename", None):
+        return None
+    whole = array
+    while hasattr(whole.base, "filename"):
+        whole = whole.base
+    return str(array.filename), array.ctypes.data - whole.ctypes.data, array.shape, array.strides, array.dtype.str
 
 
 class HostActor:
@@ -359,14 +368,15 @@ class Pool:
 
     def place(self, token: str, program: str, lanes: int, node: str = "") -> tuple[Any, str] | None:
         """(host, its label) for a config of `lanes` lanes whose trial runs on `node`; None while no device is left.
-        Prefers a host that runs the program already, unless another is less than half as loaded."""
+        Prefers a host that runs the program already, unless another is less than half as loaded, or a core idle."""
         self._look()
         if not self._hosts:
             return None
         least = min(self._loads, key=lambda slot: self._loads[slot])
         same = [slot for slot in self._hosts if self._programs[slot].get(program)]
         slot = min(same, key=lambda s: self._loads[s], default=least)
-        if self._loads[slot] > 2 * self._loads[least] + lanes:
+        # on a GPU another host of the program means compiling it again; on a core it costs next to nothing
+        if self._loads[slot] > 2 * self._loads[least] + (lanes if slot.kind == "cuda" else 0):
             slot = least
         self._loads[slot] += lanes
         self._programs[slot][program] = self._programs[slot].get(program, 0) + 1

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from trainables.datasets.cache import files_read
 from tuning.continuity import data_facts, facts
-from tuning.delivery import Delivery, report
+from tuning.delivery import Delivery
 from tuning.ground import StorageFailed
 from tuning.interruptions import Interruptions
 from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
@@ -106,13 +107,13 @@ def run(
             stack.callback(interruptions.release)
             delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, interruptions, delivery, resume, retry, seconds, may_write)
+                outcome = _search(plan, progress, interruptions, resume, retry, seconds, may_write, delivery)
             except Exception:
                 log.exception("the sweep failed")
                 raise
             begun = time.monotonic()
             progress.phase("writing the report")
-            report(plan)
+            delivery.wait_for_report()
             progress.phase("recording in MLflow")
             delivery.finish()
             seconds["report and MLflow"] = time.monotonic() - begun
@@ -127,11 +128,11 @@ def _search(
     plan: SweepPlan,
     progress: Any,
     interruptions: Interruptions,
-    delivery: Delivery,
     resume: bool,
     retry: bool,
     seconds: dict[str, float],
     may_write: Callable[[], None],
+    delivery: Delivery,
 ) -> tuple[tuple[str, str], Any, int]:
     """The part inside Ray. Returns (why it ended, and details), rows of the runs table, results the driver took."""
     begun = time.monotonic()
@@ -145,20 +146,15 @@ def _search(
         # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
-    from ray import tune
 
     from lanes.host import HostSettings, Pool, find_slots
     from tuning.demand import release
-    from tuning.recorder import Recorder
-    from tuning.resume import Past, replay
-    from tuning.runs import RunTable
-    from tuning.schedulers import Pbt, make_scheduler
-    from tuning.searchers import Proposer, make_source
-    from tuning.stopping import Stopping
-    from tuning.trial import ConfigTrial
 
+    # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
+    threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
     _start_ray(plan)
     seconds["Ray's start"] = time.monotonic() - begun
+    begun = time.monotonic()
     try:
         slots = find_slots()
         gpu = slots[0].kind == "cuda"
@@ -175,10 +171,6 @@ def _search(
         # there are no files of Tune's own loggers: our tables are elsewhere
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         plain = plan.to_plain()
-        table = RunTable(plain)
-        source = make_source(plan)
-        scheduler = make_scheduler(plan)
-        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
         journal = open_journal(plan, may_write)
         schedule = plain["schedule"]
         lanes_wanted = -(-concurrent * plan.seeds // len(slots))
@@ -204,6 +196,22 @@ def _search(
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
             .remote(settings, concurrent, 1 - TRIAL_CPUS)
         )
+        # the hosts start while this process imports what is left
+        from ray import tune
+
+        from tuning.ramp import Ramp
+        from tuning.recorder import Recorder
+        from tuning.resume import Past, replay
+        from tuning.runs import RunTable
+        from tuning.schedulers import Pbt, make_scheduler
+        from tuning.searchers import Proposer, make_source
+        from tuning.stopping import Stopping
+        from tuning.trial import ConfigTrial
+
+        table = RunTable(plain)
+        source = make_source(plan)
+        scheduler = make_scheduler(plan)
+        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
         if plan.scheduler == "pbt":
             ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         recorder = Recorder(plan, journal, table, progress)
@@ -247,13 +255,15 @@ def _search(
                 "length": plan.length,
             },
         )
+        # a second config for a core comes later; whoever says how many are in flight gets them at once
+        first = in_flight if gpu or plan.max_concurrent or plan.scheduler == "pbt" else len(slots)
+        ramp = Ramp(proposer, first, in_flight)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": trial_cpus}),
             tune_config=tune.TuneConfig(
-                search_alg=proposer,
+                search_alg=ramp.limiter,
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=in_flight,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -261,17 +271,17 @@ def _search(
                 name="tune",
                 **tune_storage(plan),
                 verbose=0,
-                callbacks=[recorder],
+                callbacks=[recorder, ramp],
                 stop=stopping,
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
             ),
         )
-        begun = time.monotonic()
         interruptions.on_first = partial(stopping.stop, "interrupted")
         interruptions.catch()
         tuner.fit()
         interruptions.on_first = None
         seconds["search"] = time.monotonic() - begun
+        seconds["first result"] = (ramp.first_result or time.monotonic()) - begun
         if stopping.reason == "storage":
             raise StorageFailed(stopping.detail)
         trained: Any = ray.get(pool.flush.remote())  # type: ignore[attr-defined]
@@ -285,11 +295,22 @@ def _search(
         recorder.write("finish", reason=reason, detail=stopping.detail)
         recorder.write_table()
         journal.close()
+        delivery.search_is_over()  # both work while Ray goes down
         return (reason, stopping.detail), list(table.rows.values()), recorder.results
     finally:
         if plan.address:
             release()
         ray.shutdown()
+
+
+def _import_libraries(searcher: str) -> None:
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+    if searcher == "optuna":
+        import optuna  # noqa: F401
+    elif searcher == "hyperopt":
+        import hyperopt  # noqa: F401
 
 
 def _say(descriptor: int, line: str) -> None:
@@ -306,7 +327,7 @@ def _beside_the_driver() -> Any:
 
 
 def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
-    """Configs in flight: two a core; on GPUs as many as fill the lanes."""
+    """Configs in flight at most: two a core; on GPUs as many as fill the lanes."""
     if not gpu:
         return min(plan.budget, 2 * devices)
     lanes = int(plan.lanes) if plan.lanes.isdigit() else GPU_LANES

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from ray.tune.search import Searcher
-from scipy.stats import qmc
 
 from search_spaces.space import Axis, Choice, Point, Range, Space
 from trainables.family import BadValue
@@ -63,6 +62,8 @@ def random_points(space: Space, seed: int) -> Iterable[Point]:
 
 def quasi_random_points(space: Space, seed: int) -> Iterable[Point]:
     """A scrambled Sobol sequence (Owen scrambling, scipy.stats.qmc): even coverage from the first points on."""
+    from scipy.stats import qmc  # takes a second to import
+
     sobol = qmc.Sobol(max(1, len(space.axes)), scramble=True, rng=seed)
     while True:
         row = sobol.random(1)[0]

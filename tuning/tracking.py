@@ -173,7 +173,7 @@ class Tracker:
             self._client.set_terminated(run_id, status, at)
 
     def artifacts(self) -> None:
-        """The command and space, the runs table and the curves, on the sweep's run."""
+        """The command and space, the runs table, the curves and the report, on the sweep's run."""
         run = self._id("sweep", self._plain["name"])
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
@@ -190,6 +190,8 @@ class Tracker:
                 self._client.log_artifacts(run, str(folder), kind)
             else:
                 self._client.set_tag(run, f"{kind}_folder", str(folder.resolve()))
+        if (self._folder / "report").is_dir():
+            self._client.log_artifacts(run, str(self._folder / "report"), "report")
 
     # --- runs ---
 
