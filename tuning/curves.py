@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuning.parts import Parts
+
 SCHEMA_VERSION = 1
 FLUSH_SECONDS = 5.0
 FLUSH_ROWS = 200_000
@@ -40,19 +42,17 @@ class CurveWriter:
 
     Args:
         folder: the sweep's folder.
-        writer: a name no other writer of this sweep has or had; part files are `<writer>-<n>.parquet`.
+        writer: a name no other writer of this sweep has or had; part files are named after it (`tuning.parts`).
         schema_metadata: from `metadata`.
     """
 
     def __init__(self, folder: Path, writer: str, schema_metadata: Mapping[bytes, bytes]):
-        self._folder = folder
-        self._writer = writer
         self._metadata = dict(schema_metadata)
+        self._parts = {kind: Parts(folder / kind, writer, write_table) for kind in ("steps", "epochs", "covariates")}
         self._steps: list[tuple[str, int, dict[str, np.ndarray]]] = []
         self._epochs: list[dict[str, Any]] = []
         self._covariates: list[dict[str, Any]] = []
         self._rows = 0
-        self._parts = 0
         self._flushed = time.monotonic()
 
     def steps(self, run_key: str, first_step: int, curves: Mapping[str, np.ndarray]) -> None:
@@ -85,17 +85,13 @@ class CurveWriter:
         due = time.monotonic() - self._flushed > FLUSH_SECONDS or self._rows > FLUSH_ROWS
         if not (force or due) or not self._rows:
             return
-        self._parts += 1
         for kind, table in (
             ("steps", self._steps_table()),
             ("epochs", self._epochs_table()),
             ("covariates", self._covariates_table()),
         ):
             if table is not None:
-                folder = self._folder / kind
-                folder.mkdir(exist_ok=True)
-                table = table.replace_schema_metadata(self._metadata)
-                write_table(table, folder / f"{self._writer}-{self._parts:06d}.parquet")
+                self._parts[kind].add(table.replace_schema_metadata(self._metadata))
         self._steps, self._epochs, self._covariates = [], [], []
         self._rows, self._flushed = 0, time.monotonic()
 

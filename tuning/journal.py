@@ -1,5 +1,10 @@
 """The sweep's journal: every proposal, report, decision and end, one JSON line each, on disk before it counts.
 
+A proposal is on disk before anybody trains it. What Tune's loop says of one result (report, decision, end) is handed
+to the operating system at once, so that killing the driver loses none of it, and reaches the disk together, before the
+loop goes on: a machine that loses power can cost the end of the journal, never its middle, and --resume hears that
+end again.
+
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
     begin      {session, versions}
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
+TOGETHER = ("report", "decision", "end")
 
 
 class Journal:
@@ -30,20 +36,34 @@ class Journal:
 
     def __init__(self, path: Path):
         self._lock = threading.Lock()
+        self._unsettled = False
         _cut_torn_line(path)
         self._file = open(path, "ab")  # noqa: SIM115  # held for the sweep's life
 
     def write(self, event: str, **fields: Any) -> Event:
-        """Append one event and wait until it is on disk. Returns it."""
+        """Append one event and wait until it is on disk, or, for TOGETHER, until `settle`. Returns it."""
         entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
         data = (json.dumps(entry, default=_plain) + "\n").encode()
         with self._lock:
             self._file.write(data)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._unsettled = True
+            if event not in TOGETHER:
+                self._sync()
         return entry
 
+    def settle(self) -> None:
+        """Wait until everything written is on disk."""
+        with self._lock:
+            if self._unsettled:
+                self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unsettled = False
+
     def close(self) -> None:
+        self.settle()
         self._file.close()
 
 

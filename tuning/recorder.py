@@ -6,6 +6,7 @@ by a process of its own (`tuning.sync`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -19,8 +20,11 @@ from tuning.journal import Event, Journal
 from tuning.progress import Progress
 from tuning.runs import RunTable
 from tuning.sweep import SweepPlan
+from tuning.trial import PACKED, unpack
 
 TABLE_SECONDS = 5.0
+TABLE_SHARE = 0.02
+"""The most of the driver's time that writing the runs table may take: large tables are written less often."""
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +43,7 @@ class Recorder(Callback):
         self._exploits: dict[str, dict[str, Any]] = {}
         self._last: dict[str, str] = {}  # trial -> what was decided of its last report
         self._config_of: dict[str, str] = {}
-        self._written = time.monotonic()
+        self._write_table_at = time.monotonic() + TABLE_SECONDS
         self.results = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class Recorder(Callback):
             self._last[trial.trial_id] = "STOP"
             return
         self.results += 1
+        result.update(unpack(result))
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
         fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
         self._write(
@@ -84,6 +89,9 @@ class Recorder(Callback):
         self._write("decision", **identity, epoch=result["epoch"], decision=decision)
         if exploit:
             self._exploited(trial.trial_id, result["epoch"], exploit)
+        # Tune keeps every trial's last result for good: of a report it needs no more than the few numbers beside it
+        for name in (*PACKED, "packed", "config"):
+            result.pop(name, None)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
@@ -106,17 +114,21 @@ class Recorder(Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.draw()
-        if time.monotonic() - self._written > TABLE_SECONDS:
+        self._journal.settle()
+        if time.monotonic() > self._write_table_at:
             self.write_table()
 
     def write_table(self) -> None:
         """runs.parquet as of now."""
+        begun = time.monotonic()
         if self._table.rows:
             self._table.write(self._plan.folder / "runs.parquet")
-        self._written = time.monotonic()
+        now = time.monotonic()
+        self._write_table_at = now + max(TABLE_SECONDS, (now - begun) / TABLE_SHARE)
 
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
         key = self._config_of.get(trial.trial_id, trial.config["config_key"])
+        trial.metric_n_steps.clear()  # windows over the results that Tune keeps of every trial, 1.5 KB a number
         self._write("end", trial=trial.trial_id, config_key=key, stop_reason=reason, epoch=epoch, error=error)
         if self._plan.scheduler != "pbt" and reason not in ("crashed", "oom"):  # PBT's others may still take from it
             for run in self._table.runs_of.get(trial.trial_id, ()):
@@ -129,7 +141,8 @@ class Recorder(Callback):
         )
         self.on_abandon(trial)
         fields = ("config_key", "label", "algorithm", "point", "values", "program", "hyper", "runs", "epochs", "parent")
-        self._write("proposed", index=-1, trial=trial, **{name: config[name] for name in fields})
+        made = {**config, "program": json.loads(config["program"])}
+        self._write("proposed", index=-1, trial=trial, **{name: made[name] for name in fields})
 
 
 def last_line(text: str) -> str:

@@ -107,6 +107,8 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         RAY_AIR_NEW_OUTPUT="0",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         RAY_CHDIR_TO_TRIAL_DIR="0",
+        # Tune writes the state of all trials again and again for a restore that is never used (`tuning.resume`)
+        TUNE_GLOBAL_CHECKPOINT_S="1e9",
     )
     if not plan.address:
         # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
@@ -219,6 +221,8 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 verbose=0,
                 callbacks=[recorder],
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
+                # what a trial would save at its end is a pointer that nobody follows: one call less for each
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         begun = time.monotonic()

@@ -5,6 +5,7 @@ Schedulers count `progress` (see `tuning.sweep`), not iterations, so that a rung
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -126,7 +127,7 @@ def descend(
         "algorithm": config.algorithm,
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": config.program,
+        "program": json.dumps(config.program, sort_keys=True),
         "hyper": config.hyper,
         "runs": runs,
         "epochs": config.epochs,

@@ -8,6 +8,7 @@ is PRUNED with its intermediate values (never COMPLETE with an early one), a div
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -378,7 +379,7 @@ def _trial_config(event: Event, config: Config, reported: int) -> dict[str, Any]
         "config_key": event["config_key"],
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": config.program,
+        "program": json.dumps(config.program, sort_keys=True),  # one text: Tune copies and flattens what is nested
         "runs": dict(event["runs"]),
         "parent": event.get("parent", {}),
         "epochs": config.epochs,

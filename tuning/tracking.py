@@ -12,6 +12,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tuning.journal import Event, read
+from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
 
 CURVE_POINTS = 1000
+SENDERS = 8
+"""Runs that are sent to a tracking server at the same time."""
 STEPS_ARTIFACT_BYTES = 100_000_000
 STATUS = {
     "finished": "FINISHED",
@@ -50,10 +54,14 @@ class Tracker:
         self._folder = folder
         self._plain = load_plain(folder)
         self._client = MlflowClient(self._plain["tracking_uri"])
+        # a server answers several at once; one SQLite file takes one after the other
+        self._at_once = SENDERS if self._plain["tracking_uri"].startswith("http") else 1
         self._path = folder / "tracking.json"
-        self._state: dict[str, Any] = {"offset": 0, "parts": [], "logged": {}, "artifacts": False}
+        self._state: dict[str, Any] = {"offset": 0, "parts": {}, "logged": {}, "artifacts": False}
         if self._path.is_file():
             self._state = json.loads(self._path.read_text())
+            if isinstance(self._state["parts"], list):  # names of files, of an earlier version: points are known anyway
+                self._state["parts"] = {}
         self._table = RunTable(self._plain)
         self._experiment = ""
         self._ids: dict[tuple[str, str], str] = {}  # (kind, key) -> MLflow run id
@@ -83,8 +91,6 @@ class Tracker:
 
     def deliver(self) -> int:
         """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
-        from mlflow.entities import Metric, Param, RunTag
-
         if not self._experiment:
             self.connect()
         offset, sent = self._state["offset"], 0
@@ -94,26 +100,35 @@ class Tracker:
             self._note_finish(event)
             offset, sent = after, sent + 1
         new_parts, logged = self._new_points()
-        for run_id, content in self._pending.items():
-            metrics = [Metric(*entry) for entry in content["metrics"]]
-            # a config that was proposed again has its params twice: MLflow takes each name once a call
-            params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
-            tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
-            sent += len(metrics)
-            for metric_part, param_part, tag_part in _batches(metrics, params, tags):
-                self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
-        for run_id, (status, at) in self._status.items():
-            if status == "RUNNING":
-                self._client.update_run(run_id, status="RUNNING")
-            else:
-                self._client.set_terminated(run_id, status, at)
+        runs = list(dict.fromkeys([*self._pending, *self._status]))
+        sent += sum(len(content["metrics"]) for content in self._pending.values())
+        with ThreadPoolExecutor(self._at_once) as senders:
+            for _ in senders.map(self._send, runs):  # raises what one of them raised
+                pass
         self._pending.clear()
         self._status.clear()
         self._state["offset"] = offset
-        self._state["parts"] += new_parts
+        self._state["parts"].update(new_parts)
         self._state["logged"].update(logged)
         self._save()
         return sent
+
+    def _send(self, run_id: str) -> None:
+        """One run's points, params, tags and status."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        content = self._pending.get(run_id, {"metrics": [], "params": [], "tags": []})
+        metrics = [Metric(*entry) for entry in content["metrics"]]
+        # a config that was proposed again has its params twice: MLflow takes each name once a call
+        params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
+        tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
+        for metric_part, param_part, tag_part in _batches(metrics, params, tags):
+            self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
+        status, at = self._status.get(run_id, ("", 0))
+        if status == "RUNNING":
+            self._client.update_run(run_id, status="RUNNING")
+        elif status:
+            self._client.set_terminated(run_id, status, at)
 
     def artifacts(self) -> None:
         """The command and space, the runs table and the curves, on the sweep's run."""
@@ -250,11 +265,12 @@ class Tracker:
 
     def _describe_config(self, config_key: str, reason: str, at: int) -> None:
         """Mean, spread and number of seeds of everything the config's runs ended with."""
-        rows = [row for row in self._table.rows.values() if row["config_key"] == config_key]
+        rows = self._table.of_config[config_key]
         run = self._ids["config", config_key]
         values: dict[str, float | None] = {"seeds": float(len(rows))}
-        for name in sorted({name for row in rows for name in _summary(row)}):
-            numbers = [row_value for row in rows if (row_value := _summary(row).get(name)) is not None]
+        ends = [_summary(row) for row in rows]
+        for name in sorted({name for end in ends for name in end}):
+            numbers = [end_value for end in ends if (end_value := end.get(name)) is not None]
             finite = [value for value in numbers if math.isfinite(value)]
             if finite:
                 mean = sum(finite) / len(finite)
@@ -287,20 +303,30 @@ class Tracker:
 
     # --- curves ---
 
-    def _new_points(self) -> tuple[list[str], dict[str, int]]:
-        """Queue the points of part files not read before; at most about CURVE_POINTS a curve, the last always."""
+    def _new_points(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Queue the points of part files not read before; at most about CURVE_POINTS a curve, the last always.
+
+        Returns (writer -> its last part read, run key -> last epoch logged), of what is new.
+        """
         folder = self._folder / "epochs"
-        known = set(self._state["parts"])
-        new = sorted(path for path in folder.glob("*.parquet") if path.name not in known) if folder.is_dir() else []
-        read_parts, logged = [], dict[str, int]()
-        for path in new:
-            rows = pq.read_table(path).to_pylist()
+        done, logged = dict[str, int](), dict[str, int]()
+        behind: set[str] = set()
+        for part in not_merged(parts_in(folder)):
+            before = done.get(part.writer, self._state["parts"].get(part.writer, 0))
+            if part.last <= before or part.writer in behind:
+                continue
+            try:
+                rows = pq.read_table(part.path).to_pylist()
+            except FileNotFoundError:  # merged meanwhile: the next time
+                behind.add(part.writer)
+                continue
             if any(("run", row["run_key"]) not in self._ids for row in rows):
-                continue  # its proposal is not in the journal yet
-            read_parts.append(path.name)
+                behind.add(part.writer)  # its proposal is not in the journal yet
+                continue
+            done[part.writer] = part.last
             for row in rows:
                 self._point(row, logged)
-        return read_parts, logged
+        return done, logged
 
     def _point(self, row: dict[str, Any], logged: dict[str, int]) -> None:
         key, epoch = row["run_key"], row["epoch"]
