@@ -99,6 +99,10 @@ def _command(sweeps: Sweeps) -> Any:
             str | None, typer.Option(metavar="NAME", help="continue a sweep that was interrupted")
         ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
+        placement: Annotated[
+            Literal["spread", "packed"],
+            typer.Option(help="spread configs over all devices, or fill one before the next"),
+        ] = "spread",
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
     ) -> int:
@@ -130,6 +134,7 @@ def _command(sweeps: Sweeps) -> Any:
             tracking_uri=tracking_uri,
             address=address,
             max_concurrent=max_concurrent,
+            placement=placement,
             time_budget=time_budget,
         )
         if plan_:
@@ -166,6 +171,7 @@ def resolve(
     address: str,
     max_concurrent: int,
     time_budget: float,
+    placement: str = "spread",
 ) -> SweepPlan:
     """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
     chosen, family = sweeps.find(sweep), load_family(sweeps.family)
@@ -217,6 +223,7 @@ def resolve(
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
+        placement=placement,
         time_budget=time_budget,
         command=tuple(sys.argv),
     )

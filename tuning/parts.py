@@ -1,9 +1,9 @@
-"""Part files of a table, merged as they get many: a sweep of 10,000 configs leaves dozens of files, not tens of thousands.
+"""Part files of a table, merged as they get many: 10,000 configs leave dozens of files, not tens of thousands.
 
 A writer's parts are numbered, `<writer>-<n>.parquet`. Every MERGE parts of one size become one,
-`<writer>-<first>-<last>.parquet`, as in a log-structured merge tree: a row is written again once for each power of MERGE. The merged file has
-its name before the small ones go, so that a reader finds every row at any time, some twice, and starts again where
-a file vanished under its hands.
+`<writer>-<first>-<last>.parquet`, as in a log-structured merge tree: a row is written again once for each power of
+MERGE. The merged file has its name before the small ones go, so that a reader finds every row at any time, some of
+them twice, and starts again where a file vanished under its hands.
 """
 
 from __future__ import annotations

@@ -31,10 +31,12 @@ log = logging.getLogger(__name__)
 class Recorder(Callback):
     """One for a sweep. `on_decision` and `on_exploit` are for the scheduler, `apply` for events that others wrote.
 
-    `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT).
+    `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT);
+    `on_step` is called again and again while the sweep runs.
     """
 
     on_abandon: Callable[[str], None]
+    on_step: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
@@ -115,6 +117,7 @@ class Recorder(Callback):
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.draw()
         self._journal.settle()
+        self.on_step()
         if time.monotonic() > self._write_table_at:
             self.write_table()
 

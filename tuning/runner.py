@@ -116,8 +116,10 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
     import ray
     from ray import tune
 
-    from lanes.host import HostSettings, Pool, find_slots
-    from tuning.demand import release
+    from lanes.host import HostSettings
+    from lanes.pool import Pool, find_slots
+    from tuning.demand import ask, release, wanted_gpus
+    from tuning.elastic import Elastic
     from tuning.journal import Journal
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
@@ -164,7 +166,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         pool = (
             ray.remote(Pool)
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
-            .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
+            .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS, plan.placement)
         )
         if plan.scheduler == "pbt":
             ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
@@ -176,6 +178,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
+        past.events.clear()  # of a long sweep they are many
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
             scheduler.exploited = recorder.on_exploit
@@ -191,6 +194,12 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces]),
         )
         recorder.on_abandon = proposer.abandon
+        if plan.address:
+            if gpu:
+                ask(wanted_gpus(plan))
+            grows = plan.scheduler != "pbt" and not plan.max_concurrent
+            elastic = Elastic(pool, proposer, (lambda n: _concurrency(plan, n, gpu)) if grows else None, gpu)
+            recorder.on_step = elastic.step
         trainable = tune.with_parameters(
             ConfigTrial,
             pool=pool,

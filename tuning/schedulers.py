@@ -5,7 +5,6 @@ Schedulers count `progress` (see `tuning.sweep`), not iterations, so that a rung
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from lanes.job import program_name
 from search_spaces.space import Range
 from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan, clamp, perturbable
 
@@ -127,7 +127,7 @@ def descend(
         "algorithm": config.algorithm,
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": json.dumps(config.program, sort_keys=True),
+        "program": program_name(config.program),
         "hyper": config.hyper,
         "runs": runs,
         "epochs": config.epochs,
