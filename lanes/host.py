@@ -42,6 +42,7 @@ class HostSettings:
         cache_dir: the node's cache of decoded data and probe results.
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
+        device: torch device of every host; "" is the one that Ray gave it.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class HostSettings:
     cache_dir: Path
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
+    device: str = ""
 
 
 class Host:

@@ -132,9 +132,9 @@ class Pool:
             max_concurrency=10_000,
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
         )
-        device = "cuda" if gpu else "cpu"
+        device = self._settings.device or ("cuda" if gpu else "cpu")
         me = ray.get_runtime_context().current_actor
-        return actor.remote(self._settings, device, slot, self._log_file, None if gpu else 1, me)
+        return actor.remote(self._settings, device, slot, self._log_file, 1 if device == "cpu" else None, me)
 
 
 def find_slots() -> list[Slot]:

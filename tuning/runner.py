@@ -162,6 +162,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             cache_dir=cache_dir(),
             make_recorder=partial(_make_curve_writer, plan.folder, _curve_metadata(plain), datetime.now(UTC)),
             make_checkpoints=partial(_make_checkpoint_store, plan.folder),
+            device=os.environ.get("LANEWISE_DEVICE", ""),
         )
         pool = (
             ray.remote(Pool)
