@@ -56,6 +56,7 @@ def main(
     searcher: Annotated[str, typer.Option(help="random, qmc, optuna or hyperopt")] = "random",
     epochs: Annotated[int, typer.Option(help="epochs of a trial, six steps each")] = 3,
     out: Annotated[Path, typer.Option(help="folder of results")] = ROOT / "benchmarks" / "results" / "scaling",
+    deliver: Annotated[bool, typer.Option(help="also deliver each sweep to MLflow (70 ms a config)")] = True,
     keep: Annotated[bool, typer.Option("--keep", help="keep the sweeps themselves, in the folder of results")] = False,
     side: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -75,9 +76,11 @@ def main(
                 size,
                 f"--scheduler {scheduler} --searcher {searcher} --seeds {seeds} --set epochs={epochs} "
                 f"--max-concurrent {concurrent} --tracking-uri {AWAY}".split(),
+                deliver,
             )
             found |= {"nodes": nodes, "scheduler": scheduler, "searcher": searcher, "seeds": seeds}
-            path = out / f"{scheduler}-{searcher}-{seeds}-{size}.json"
+            found |= {"concurrent": concurrent}
+            path = out / f"{scheduler}-{searcher}-{concurrent or 'auto'}-{size}.json"
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(summary(found), flush=True)
             if keep:
@@ -106,7 +109,7 @@ class cluster:
         self._cluster.shutdown()
 
 
-def measure(storage: Path, name: str, address: str, trials: int, arguments: list[str]) -> dict[str, Any]:
+def measure(storage: Path, name: str, address: str, trials: int, arguments: list[str], deliver: bool) -> dict[str, Any]:
     """Run one sweep and what comes after it."""
     command = [sys.executable, "-m", "tests.toys.tune_toy", "demo", "--engine", "stacked", "--lanes", "8", "--quiet"]
     command += ["--trials", str(trials), "--name", name, "--storage", str(storage), "--address", address, *arguments]
@@ -124,7 +127,8 @@ def measure(storage: Path, name: str, address: str, trials: int, arguments: list
     found["replay"] = json.loads(subprocess.run(mine, check=True, capture_output=True, env=environment()).stdout)
     report = ["-m", "analysis", "report", name, "--storage", str(storage)]
     found["report"] = timed([sys.executable, *report])
-    found["delivery"] = delivery(folder)
+    if deliver:
+        found["delivery"] = delivery(folder)
     return found
 
 
@@ -154,7 +158,7 @@ def watch(driver: subprocess.Popen, folder: Path, trials: int, begun: float) -> 
             printed = elapsed
             left = f"{elapsed / ended * (trials - ended):.0f} s to finish" if ended else "time to finish: measuring"
             print(f"{folder.name}: {ended}/{trials} ended, {elapsed:.0f} s, {left}", file=sys.stderr, flush=True)
-    return samples
+    return samples[:: 1 + len(samples) // 300] + samples[-1:]
 
 
 def processes(driver: int) -> Iterator[tuple[int, str, float, float]]:
@@ -191,9 +195,8 @@ def replay_seconds(folder: Path) -> dict[str, float]:
     from tuning.sweep import SweepPlan
 
     plan = SweepPlan.load(folder)
-    before = processor_seconds()
     source, scheduler, table = make_source(plan), make_scheduler(plan), RunTable(plan.to_plain())
-    wall = time.perf_counter()
+    wall, before = time.perf_counter(), processor_seconds()  # imports are not counted
     past = replay(plan, folder / "journal.jsonl", source, scheduler)
     for event in past.events:
         table.apply(event)
