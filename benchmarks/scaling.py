@@ -8,7 +8,7 @@ the time to replay it (what `--resume` does first), to write its report, to deli
 its files' sizes. While the sweep runs its MLflow server is away, so that delivering does not take the processor from
 what is measured.
 
-Other work on the machine changes wall seconds, and processor seconds much less: read these. The results in docs/scaling.md:
+Other work on the machine changes wall seconds, and processor seconds much less: read these. Those of docs/scaling.md:
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --scheduler none --trials 1000 --epochs 4 --no-deliver
