@@ -344,3 +344,32 @@ def test_a_trial_that_the_time_budget_ended_has_no_end_yet(recorder):
     recorder.on_trial_complete(0, [], trial)
     assert [event["event"] for event, _ in read(recorder.path)][2:] == ["report", "decision", "end"]
     assert trial.metric_n_steps == {}, "what Tune keeps of a trial that has ended is let go"
+
+
+def test_what_one_result_brings_reaches_the_disk_together(tmp_path, monkeypatch):
+    waits: list[int] = []
+    monkeypatch.setattr("tuning.journal.os.fsync", waits.append)
+    journal, path = Journal(tmp_path / "journal.jsonl"), tmp_path / "journal.jsonl"
+    journal.write("proposed", trial="t1")
+    assert len(waits) == 1, "before anybody trains it"
+    for kind in ("report", "decision", "end"):
+        journal.write(kind, trial="t1")
+    assert [event["event"] for event, _ in read(path)] == ["proposed", "report", "decision", "end"], "a kill loses none"
+    assert len(waits) == 1
+    journal.settle()
+    journal.settle()
+    assert len(waits) == 2
+    journal.write("report", trial="t2")
+    journal.close()
+    assert len(waits) == 3
+
+
+def test_tune_keeps_of_a_result_only_the_numbers_it_decides_by(recorder):
+    recorder.apply(proposed())
+    trial = SimpleNamespace(trial_id="t1", last_result=None, config={"config_key": "c1"})
+    result = {**result_of(3), "config": {"config_key": "c1"}, "test_loss": 0.5}
+    recorder.on_decision(trial, {}, "CONTINUE")
+    recorder.on_trial_result(0, [], trial, result)
+    assert result == {"test_loss": 0.5, "done": False, "epoch": 3, "progress": 3.0, "config_key": "c1"}
+    told = [event for event, _ in read(recorder.path) if event["event"] == "report"]
+    assert told[0]["per_seed"]["0"]["values"] == {"test_loss": 0.5}
