@@ -21,6 +21,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from analysis.errors import UserError, unknown
+from tuning import mirror
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -67,10 +68,20 @@ def _reading(read: Callable[P, T]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sweep's folder, and the frozen command in its sweep.json."""
+    """One sweep's folder, and the frozen command in its sweep.json. Where the sweep is in object storage, `storage` is
+    its URL and `folder` this machine's copy."""
 
     folder: Path
     info: dict[str, Any]
+    storage: str = ""
+
+    def publish(self, files: Iterable[Path]) -> None:
+        """Makes files that were written below `folder` part of the sweep for everybody."""
+        if self.storage:
+            try:
+                mirror.publish(self.storage, self.folder.name, files)
+            except mirror.StorageError as error:
+                raise UserError(str(error)) from error
 
     # --- what was asked ---------------------------------------------------------------------------------------------
 
@@ -286,28 +297,54 @@ def _both(left: pc.Expression | None, right: pc.Expression | None) -> pc.Express
     return left & right
 
 
-def open_sweep(storage: Path | str, name: str) -> Sweep:
-    """The sweep `name` under `storage`.
+def open_sweep(storage: Path | str, name: str, curves: Iterable[str] = mirror.CURVES) -> Sweep:
+    """The sweep `name` under `storage`, a folder or the URL of object storage.
+
+    Args:
+        curves: tables to bring here from object storage.
 
     Raises:
         UserError: there is no such folder, or its sweep.json is missing or malformed.
     """
+    if mirror.is_url(storage):
+        return _fetch_sweep(str(storage), name, curves)
     storage = Path(storage)
     if not storage.is_dir():
         raise UserError(f"no folder {storage}: give --storage the folder that holds the sweeps")
     folder = storage / name
     # A name such as `../x` or `` would read (and later write) outside the storage.
-    if not name or Path(name).name != name or not (folder / "sweep.json").is_file():
+    if name in ("", ".", "..") or Path(name).name != name or not (folder / "sweep.json").is_file():
         raise unknown("sweep", name, sweep_names(storage), f" under {storage}")
+    return Sweep(folder, _info(folder))
+
+
+def _fetch_sweep(storage: str, name: str, curves: Iterable[str]) -> Sweep:
+    try:
+        if not name or Path(name).name != name:
+            raise FileNotFoundError
+        folder = mirror.fetch(storage, name, curves)
+    except FileNotFoundError:
+        raise unknown("sweep", name, sweep_names(storage), f" under {storage}") from None
+    except mirror.StorageError as error:
+        raise UserError(str(error)) from error
+    return Sweep(folder, _info(folder), storage)
+
+
+def _info(folder: Path) -> dict[str, Any]:
     try:
         info = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'sweep.json'} is not JSON: {error}") from error
     if not isinstance(info, dict):
         raise UserError(f"{folder / 'sweep.json'} holds no JSON object")
-    return Sweep(folder, info)
+    return info
 
 
 def sweep_names(storage: Path | str) -> list[str]:
     """Names of the sweeps under `storage`."""
+    if mirror.is_url(storage):
+        try:
+            return mirror.names(storage)
+        except mirror.StorageError as error:
+            raise UserError(str(error)) from error
     return sorted(path.parent.name for path in Path(storage).glob("*/sweep.json"))

@@ -106,7 +106,7 @@ class Nowhere:
 
 
 def in_stack(engine: Engine, hyper: Any, lanes: int, seconds: float) -> float:
-    """Trial-steps a second of a config of `lanes` seeds as a host trains it: evaluated each epoch, curves to Parquet."""
+    """Trial-steps a second of a config of `lanes` seeds as a host trains it, curves to Parquet."""
     values = {**asdict(engine.program), **asdict(hyper)}
     job = Job(
         "job", engine.family.name, values, "config", {i: f"run{i}" for i in range(lanes)}, (engine.schedule.epochs,)

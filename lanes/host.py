@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lanes.job import Job, Report, program_name
 from lanes.placement import Slot
+from lanes.records import OnceRecorder, StorageLost, StoredCheckpoints
 
 if TYPE_CHECKING:
     from lanes.stack import Checkpoints, Recorder, Stack
@@ -42,6 +43,8 @@ class HostSettings:
         cache_dir: the node's cache of decoded data and probe results.
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
+        make_log: device label -> the file that its host logs to, asked for on the host's node.
+        make_formatter: format -> what formats the host's log.
         device: torch device of every host; "" is the one that Ray gave it.
     """
 
@@ -53,6 +56,8 @@ class HostSettings:
     cache_dir: Path
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
+    make_log: Callable[[str], str] = lambda label: os.devnull
+    make_formatter: Callable[[str], logging.Formatter] = logging.Formatter
     device: str = ""
 
 
@@ -70,11 +75,13 @@ class Host:
         self._on_rate = on_rate  # told (program, trial-steps a second, lanes) of every program that was probed
         self.device = device
         self.label = label
-        self._recorder = settings.make_recorder(label)
-        self._checkpoints = settings.make_checkpoints()
+        self._recorder: Recorder = OnceRecorder(settings.make_recorder(label))
+        self._checkpoints: Checkpoints = StoredCheckpoints(settings.make_checkpoints())
         self._stacks: dict[str, Stack] = {}
         self._stack_of: dict[str, str] = {}  # token -> program key
         self._arrays: dict[str, Any] = {}  # memory-mapped file -> tensor on the device, shared by programs
+        self._notices: list[str] = []  # for the user, with the next report
+        self._ended_here: list[Report] = []  # of configs for which there was no memory
 
     @property
     def busy(self) -> bool:
@@ -89,7 +96,7 @@ class Host:
         program, hyper = family.build(job.values)
         key = program_key(family.name, program)
         if key not in self._stacks:
-            make_engine = lambda: self._make_engine(family, program, hyper)
+            make_engine = lambda: self._make_engine(family, program, hyper, self._stacks[key].most)
             self._stacks[key] = Stack(family, program, make_engine, self._recorder, self._checkpoints)
         self._stacks[key].attach(job)
         self._stack_of[job.token] = key
@@ -103,33 +110,94 @@ class Host:
         """Let a config go; its lanes are free at once. The stack stays: an empty one costs next to nothing, and the
         next config of the same program finds its engine chosen and compiled."""
         key = self._stack_of.pop(token, None)
-        if key is not None:
-            self._stacks[key].release(token)
+        if key is not None and key in self._stacks:
+            self._with_memory(key, lambda: self._stacks[key].release(token))
 
     def save(self, token: str) -> None:
         """Checkpoint a config now."""
         if token in self._stack_of:
-            self._stacks[self._stack_of[token]].save(token)
+            key = self._stack_of[token]
+            self._with_memory(key, lambda: self._stacks[key].save(token))
+
+    def save_all(self) -> None:
+        """Checkpoint everything now: the sweep is about to stop."""
+        for key in list(self._stacks):
+            self._with_memory(key, self._stacks[key].save_all)
 
     def flush(self) -> None:
         self._recorder.flush(force=True)
 
     def tick(self) -> list[Report]:
-        """One turn of every stack with work. A family that raises takes only its own stack down."""
+        """One turn of every stack with work. A family that raises takes only its own stack down; a lack of memory
+        takes lanes away, of its own stack or of the largest other, until one lane alone does not fit."""
         reports: list[Report] = []
         for key, stack in list(self._stacks.items()):
             try:
-                reports += stack.tick()
+                reports += self._with_memory(key, stack.tick) or ()
+            except StorageLost as error:
+                reports += self._give_up(key, str(error), "storage")
             except Exception:
-                error = traceback.format_exc()
-                log.error("%s: a program failed\n%s", self.label, error)
-                for token in [token for token, owner in self._stack_of.items() if owner == key]:
-                    reports.append(Report(token, 0, True, {}, "", 0, error))
-                    del self._stack_of[token]
-                del self._stacks[key]
+                reports += self._give_up(key, traceback.format_exc(), "crashed")
+        reports += self._ended_here
+        self._ended_here = []
+        if reports and self._notices:
+            reports[0] = replace(reports[0], notice="; ".join(self._notices))
+            self._notices = []
         return [replace(report, device=self.label) for report in reports]
 
-    def _make_engine(self, family: Any, program: Any, hyper: Any) -> tuple[Any, int]:
+    def _give_up(self, key: str, error: str, reason: str) -> list[Report]:
+        """Every config of a stack ends."""
+        log.error("%s: a program failed\n%s", self.label, error)
+        tokens = [token for token, owner in self._stack_of.items() if owner == key]
+        for token in tokens:
+            del self._stack_of[token]
+        del self._stacks[key]
+        return [Report(token, 0, True, {}, "", 0, error, reason=reason) for token in tokens]
+
+    # --- memory ---
+
+    def _with_memory(self, key: str, work: Callable[[], Any]) -> Any:
+        """What `work` of a stack returns; None where memory ran out, and there is more of it for the next turn."""
+        from lanes.memory import give_back, is_out_of_memory
+
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            told = traceback.format_exc()
+        # the error is gone, and with it the frames that held what there was no memory for
+        self._make_room(key, told)
+        give_back(self.device)
+        return None
+
+    def _make_room(self, key: str, error: str) -> None:
+        """Halve the stack's lanes, or, where it has one, those of the largest other; at last end its config."""
+        stack = self._stacks[key]
+        others = [other for name, other in self._stacks.items() if name != key]
+        for other in others:
+            other.rest()
+        largest = max(others, key=lambda other: other.in_memory, default=stack)
+        smaller = stack if stack.crowd > 1 or largest.in_memory <= 1 else largest
+        if smaller.crowd > 1:
+            before = smaller.crowd
+            smaller.shrink()
+            notice = f"{self.label}: out of memory with {before} lanes, going on with {smaller.most}"
+            log.warning("%s", notice)
+            self._notices.append(notice)
+            return
+        token = stack.out_of_memory()
+        stack.shrink()
+        log.error("%s: out of memory with one lane\n%s", self.label, error)
+        if token:
+            stack.release(token)
+            self._stack_of.pop(token, None)
+            self._ended_here.append(Report(token, 0, True, {}, "", 0, error, reason="oom"))
+
+    # --- engines ---
+
+    def _make_engine(self, family: Any, program: Any, hyper: Any, most: int | None = None) -> tuple[Any, int]:
+        """`most`: the lanes that fit into memory, once it has run out."""
         from lanes.engine import put
         from lanes.probe import make_engine, probe, resolve_engine
         from trainables.family import program_key
@@ -145,7 +213,7 @@ class Host:
                 arrays,
                 self.device,
                 host_arrays,
-                wanted=self.settings.lanes or self.settings.wanted,
+                wanted=min(self.settings.lanes or self.settings.wanted, most or self.settings.wanted),
                 expected_steps=self.settings.expected_steps,
                 engines=None if name == "auto" else (name,),
                 cache=self.settings.cache_dir / "probes",
@@ -153,6 +221,7 @@ class Host:
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
             self._on_rate(program_name(asdict(program)), max(row.rate for row in choice.table), choice.lanes)
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
+        lanes = min(lanes, most or lanes)
         return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,13 +244,13 @@ class Host:
 class HostActor:
     """The host behind Ray: calls are queued, a thread of its own trains, reports wake whoever waits for them."""
 
-    def __init__(self, settings: HostSettings, device: str, slot: Slot, log_file: str, threads: int | None, pool: Any):
+    def __init__(self, settings: HostSettings, device: str, slot: Slot, threads: int | None, pool: Any):
         import torch
 
         label = slot.label
-        logging.basicConfig(
-            filename=log_file, level=logging.INFO, format=f"%(asctime)s {label} %(message)s", force=True
-        )
+        handler = logging.FileHandler(settings.make_log(label))
+        handler.setFormatter(settings.make_formatter(f"%(asctime)s {label} %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
             torch.set_num_threads(threads)
@@ -212,6 +281,9 @@ class HostActor:
 
     async def save(self, token: str) -> None:
         await self._ask("save", token)
+
+    async def save_all(self) -> None:
+        await self._ask("save_all")
 
     async def flush(self) -> float:
         """Everything recorded is on disk. Returns the seconds this host spent training so far."""

@@ -62,3 +62,5 @@ class Report:
     lanes: int
     error: str | None = None
     device: str = ""
+    reason: str = "crashed"  # where there is an error: its stop reason, "crashed", "oom" or "storage"
+    notice: str = ""  # something the user should see, in one line

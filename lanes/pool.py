@@ -28,9 +28,8 @@ class Pool:
     that their nodes are idle and an autoscaler may take them back.
     """
 
-    def __init__(self, settings: HostSettings, log_file: str, most_hosts: int, cpu_share: float, rule: Rule = "spread"):
+    def __init__(self, settings: HostSettings, most_hosts: int, cpu_share: float, rule: Rule = "spread"):
         self._settings = settings
-        self._log_file = log_file
         self._most_hosts = most_hosts
         self._cpu_share = cpu_share
         self._rule = rule
@@ -93,6 +92,14 @@ class Pool:
                 self._drop(slot)
         return seconds
 
+    async def save(self) -> None:
+        """Every host checkpoints what it trains."""
+        for slot, host in list(self._hosts.items()):
+            try:
+                await host.save_all.remote()
+            except ray.exceptions.ActorDiedError:
+                self._drop(slot)
+
     def _look(self) -> None:
         """Find devices that have no host yet and nodes that have gone, at most every ten seconds."""
         if self._hosts and time.monotonic() - self._looked < 10:
@@ -134,7 +141,7 @@ class Pool:
         )
         device = self._settings.device or ("cuda" if gpu else "cpu")
         me = ray.get_runtime_context().current_actor
-        return actor.remote(self._settings, device, slot, self._log_file, 1 if device == "cpu" else None, me)
+        return actor.remote(self._settings, device, slot, 1 if device == "cpu" else None, me)
 
 
 def find_slots() -> list[Slot]:

@@ -275,7 +275,7 @@ def test_runs_parquet_has_the_documented_columns(tmp_path):
     for event in (proposed(), report("t1", 9, (0.5, 0.6), ("finished", "finished")), end("t1", "finished", 9)):
         table.apply(event)
     table.apply(proposed("t2", "c2", {"0": "r2"}, point={"lr": "auto"}))
-    table.write(tmp_path / "runs.parquet")
+    table.write(tmp_path)
     read_back = pq.read_table(tmp_path / "runs.parquet")
     plain = json.loads(read_back.schema.metadata[b"lanewise"])
     assert (plain["headline"], plain["mode"]) == ("acc", "max")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from tuning.storage import StorageError, Store, as_store
+
 SCHEMA_VERSION = 1
 KEPT = 2
 SEPARATOR = "::"
@@ -26,15 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints of a sweep's runs, under one folder shared by all hosts."""
+    """The checkpoints of a sweep's runs, in one place shared by all hosts."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, place: Store | Path):
+        self._store = as_store(place)
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
-        folder = self._folder / run_key
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
         data = safetensors.torch.save(tensors)
         plain = {
@@ -43,42 +41,43 @@ class CheckpointStore:
             "sha256": hashlib.sha256(data).hexdigest(),
             "extra": dict(extra),
         }
-        _write(folder / f"{step:012d}.safetensors", data)
-        _write(folder / f"{step:012d}.json", json.dumps(plain).encode())
-        for old in self._steps(folder)[:-KEPT]:
-            (folder / f"{old:012d}.json").unlink(missing_ok=True)
-            (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
+        self._store.write(f"{run_key}/{step:012d}.safetensors", data)
+        self._store.write(f"{run_key}/{step:012d}.json", json.dumps(plain).encode())
+        for old in self._steps(run_key)[:-KEPT]:
+            self._store.remove(f"{run_key}/{old:012d}.json")
+            self._store.remove(f"{run_key}/{old:012d}.safetensors")
 
     def load(self, run_key: str, at_most: int | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning.
 
         at_most: prefer the newest that is not past this step.
         """
-        folder = self._folder / run_key
-        steps = self._steps(folder)
+        steps = self._steps(run_key)
         if at_most is not None:
             steps.sort(key=lambda step: step if step <= at_most else -step)
         for step in reversed(steps):
-            path = folder / f"{step:012d}.json"
+            name = f"{run_key}/{step:012d}"
             try:
-                plain = json.loads(path.read_text())
+                plain = json.loads(self._store.read(f"{name}.json"))
                 if plain["schema_version"] != SCHEMA_VERSION:
                     raise ValueError(f"schema version {plain['schema_version']}, this is {SCHEMA_VERSION}")
-                data = path.with_suffix(".safetensors").read_bytes()
+                data = self._store.read(f"{name}.safetensors")
                 if hashlib.sha256(data).hexdigest() != plain["sha256"]:
                     raise ValueError("the tensors do not match their checksum")
                 return unflatten(safetensors.torch.load(data)), plain["extra"]
+            except StorageError:
+                raise  # it is there, but cannot be had now
             except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                log.warning("checkpoint %s is unusable (%s): falling back to the one before", path, error)
+                log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, error)
         return None
 
     def discard(self, run_key: str) -> None:
         """Remove a run's checkpoints."""
-        shutil.rmtree(self._folder / run_key, ignore_errors=True)
+        self._store.clear(run_key)
 
-    @staticmethod
-    def _steps(folder: Path) -> list[int]:
-        return sorted(int(path.stem) for path in folder.glob("[0-9]*.json"))
+    def _steps(self, run_key: str) -> list[int]:
+        names = [key.rpartition("/")[2] for key in self._store.names(run_key)]
+        return sorted(int(name[: -len(".json")]) for name in names if name.endswith(".json"))
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,12 +101,3 @@ def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
             inner = inner.setdefault(parent, {})
         inner[name] = tensor
     return state
-
-
-def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

@@ -7,25 +7,36 @@ end again.
 
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
-    begin      {session, versions}
-    proposed   {index, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
-                runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it
-    resumed    {trial, config_key, replaces}          the same config under a new trial id, after a restart
-    report     {trial, config_key, epoch, progress, values, spread, per_seed, engine, lanes, device, done}
-    decision   {trial, config_key, epoch, decision}   what the scheduler made of it: CONTINUE, STOP, PAUSE, EXPLOIT
-    end        {trial, config_key, stop_reason, epoch, error}
-    finish     {reason}                               the sweep is over: done, time budget, interrupted
+    begin     {versions, git, code, resumed}         a driver takes the sweep up
+    proposed  {index, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
+               runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it
+    resumed   {trial, config_key, replaces}          the same config under a new trial id, after a restart
+    report    {trial, config_key, epoch, progress, values, spread, per_seed, engine, lanes, device, done}
+    decision  {trial, config_key, epoch, decision}   what the scheduler made of it: CONTINUE, STOP, PAUSE, EXPLOIT;
+                                                     with EXPLOIT, `copy` is the config that goes on instead
+    end       {trial, config_key, stop_reason, epoch, error}
+    retry     {trial, config_key, stop_reason}       a config that failed runs again (--retry): it has no end any more
+    notice    {text}                                 what the user was told meanwhile: out of memory, and so on
+    finish    {reason, detail}                       the sweep is over: done, time budget, interrupted, too many crashes
+
+Events are in the order in which they happened. `time` follows the wall clock but never goes back: not when somebody
+sets the clock, and not from one session to the next.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import threading
-from collections.abc import Iterator
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from tuning.ground import StorageFailed
 
 Event = dict[str, Any]
 TOGETHER = ("report", "decision", "end")
@@ -34,37 +45,71 @@ TOGETHER = ("report", "decision", "end")
 class Journal:
     """Appends events. One writer at a time, the driver."""
 
-    def __init__(self, path: Path):
+    def __init__(
+        self,
+        path: Path,
+        wall: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._lock = threading.Lock()
         self._unsettled = False
+        self._path = path
         _cut_torn_line(path)
         self._file = open(path, "ab")  # noqa: SIM115  # held for the sweep's life
+        self._clock, self._started = clock, clock()
+        last = _last_time(path)
+        self._wall = wall() if last is None else max(wall(), last + timedelta(milliseconds=1))
+
+    @property
+    def now(self) -> datetime:
+        """The time for the next event: the wall clock's when this session began, and what has passed since."""
+        return self._wall + timedelta(seconds=self._clock() - self._started)
 
     def write(self, event: str, **fields: Any) -> Event:
         """Append one event and wait until it is on disk, or, for TOGETHER, until `settle`. Returns it."""
-        entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+        entry = {"event": event, "time": self.now.isoformat(timespec="milliseconds"), **fields}
         data = (json.dumps(entry, default=_plain) + "\n").encode()
-        with self._lock:
-            self._file.write(data)
-            self._file.flush()
-            self._unsettled = True
-            if event not in TOGETHER:
-                self._sync()
+        with self._writing():
+            self._append(entry, data)
         return entry
 
     def settle(self) -> None:
         """Wait until everything written is on disk."""
-        with self._lock:
+        with self._writing():
             if self._unsettled:
                 self._sync()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except OSError as error:
+            raise StorageFailed(f"{self._place} could not be written ({error.strerror or error})") from error
+
+    @property
+    def _place(self) -> str:
+        return str(self._path)
+
+    def _append(self, entry: Event, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+        if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
+            raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
+        self._unsettled = True
+        if entry.get("event") not in TOGETHER:
+            self._sync()
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
         self._unsettled = False
 
     def close(self) -> None:
-        self.settle()
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk left in the buffer was never said to be written
+            if self._unsettled:
+                self._sync()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
@@ -78,6 +123,26 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
                 return
             offset += len(line)
             yield json.loads(line), offset
+
+
+def cut_off(path: Path) -> bool:
+    """Whether the driver that wrote this journal ended without a word, or was interrupted."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+        last = file.read().rstrip(b"\n").rpartition(b"\n")[2]
+    try:
+        event = json.loads(last)
+    except ValueError:
+        return True
+    return event["event"] != "finish" or event["reason"] == "interrupted"
+
+
+def _last_time(path: Path) -> datetime | None:
+    """The time of the last event."""
+    last = None
+    for event, _ in read(path):
+        last = event
+    return datetime.fromisoformat(last["time"]) if last else None
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuning.storage import Store
+
 MERGE = 16
 MOST_BYTES = 64 * 2**20
 """No larger files than about this, compressed, are made by merging."""
@@ -31,48 +33,57 @@ class Part:
     last: int
     path: Path
 
-    @property
-    def many(self) -> int:
-        return self.last - self.first + 1
+
+@dataclass(frozen=True)
+class _Written:
+    """A part of this writer's: numbers, key in the store, bytes."""
+
+    first: int
+    last: int
+    key: str
+    size: int
 
 
 class Parts:
     """What one writer has written of one table.
 
     Args:
-        folder: of the table.
+        store: of the sweep.
+        kind: the table's folder in it.
         writer: a name no other writer has or had.
-        write: (table, path) writes a file that is whole once it has its name.
+        parquet: a table as a file's bytes.
     """
 
-    def __init__(self, folder: Path, writer: str, write: Callable[[pa.Table, Path], None]):
-        self._folder, self._writer, self._write = folder, writer, write
+    def __init__(self, store: Store, kind: str, writer: str, parquet: Callable[[pa.Table], bytes]):
+        self._store, self._name, self._parquet = store, f"{kind}/{writer}", parquet
         self._number = 0
-        self._parts: list[Part] = []
+        self._parts: list[_Written] = []
 
     def add(self, table: pa.Table) -> None:
         """Write one more part; merge where there are enough of a size."""
-        self._folder.mkdir(exist_ok=True)
         self._number += 1
-        path = self._folder / f"{self._writer}-{self._number:06d}.parquet"
-        self._write(table, path)
-        self._parts.append(Part(self._writer, self._number, self._number, path))
+        self._parts.append(self._write(table, self._number, self._number))
         while self._merge():
             pass
 
+    def _write(self, table: pa.Table, first: int, last: int) -> _Written:
+        numbers = f"{first:06d}" if first == last else f"{first:06d}-{last:06d}"
+        data = self._parquet(table)
+        key = f"{self._name}-{numbers}.parquet"
+        self._store.write(key, data)
+        return _Written(first, last, key, len(data))
+
     def _merge(self) -> bool:
         newest = self._parts[-MERGE:]
-        sizes = {part.many for part in newest}
-        if len(newest) < MERGE or len(sizes) > 1 or sum(p.path.stat().st_size for p in newest) > MOST_BYTES:
+        alike = len({part.last - part.first for part in newest}) == 1
+        if len(newest) < MERGE or not alike or sum(part.size for part in newest) > MOST_BYTES:
             return False
-        first, last = newest[0].first, newest[-1].last
-        path = self._folder / f"{self._writer}-{first:06d}-{last:06d}.parquet"
-        tables = [pq.read_table(part.path) for part in newest]
+        tables = [pq.read_table(pa.BufferReader(self._store.read(part.key))) for part in newest]
         merged = pa.concat_tables(tables, promote_options="permissive")  # a later part may have more columns
-        self._write(merged.replace_schema_metadata(tables[-1].schema.metadata), path)
+        merged = merged.replace_schema_metadata(tables[-1].schema.metadata)
+        self._parts[-MERGE:] = [self._write(merged, newest[0].first, newest[-1].last)]
         for part in newest:
-            part.path.unlink(missing_ok=True)
-        self._parts[-MERGE:] = [Part(self._writer, first, last, path)]
+            self._store.remove(part.key)
         return True
 
 

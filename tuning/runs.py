@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from tuning.curves import metadata, write_table
+from tuning.curves import metadata, parquet
 from tuning.journal import Event
+from tuning.storage import Store, as_store
 
 FIXED = {
     "sweep": pa.string(),
@@ -67,6 +68,10 @@ class RunTable:
                 row.update(trial=event["trial"], config_stop_reason="running", ended_at=None)
                 if row["stop_reason"] == "cancelled":
                     row["stop_reason"] = "running"
+        elif kind == "retry":
+            for key in self.runs_of.get(event["trial"], ()):
+                fresh = {"stop_reason": "pending", "config_stop_reason": "pending"}
+                self.rows[key].update(**fresh, ended_at=None, error=None, rung=None)
         elif kind == "report":
             self._report(event)
         elif kind == "end":
@@ -151,7 +156,8 @@ class RunTable:
             arrays[name] = _column([row.get(name) for row in rows])
         return pa.table(arrays)
 
-    def write(self, path: Path) -> None:
+    def write(self, place: Store | Path) -> None:
+        """runs.parquet, in the sweep's folder."""
         plain = self._plain
         schema_metadata = metadata(
             plain["name"],
@@ -161,7 +167,7 @@ class RunTable:
             metric=plain["metric"],
             mode=plain["mode"],
         )
-        write_table(self.to_arrow().replace_schema_metadata(schema_metadata), path)
+        as_store(place).write("runs.parquet", parquet(self.to_arrow().replace_schema_metadata(schema_metadata)))
 
 
 def _flat(value: Any) -> Any:

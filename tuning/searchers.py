@@ -21,7 +21,7 @@ from lanes.job import program_name
 from search_spaces.space import Axis, Choice, Point, Range, Space
 from trainables.family import BadValue
 from tuning.journal import Event, Journal
-from tuning.sweep import Config, SweepPlan
+from tuning.sweep import Config, SweepPlan, thaw
 
 PRUNED, FAIL, COMPLETE = "pruned", "fail", "complete"
 
@@ -305,13 +305,13 @@ class Proposer(Searcher):
     def _next(self, trial_id: str) -> Any:
         if self._unfinished:
             event = self._unfinished.popleft()
-            if event["index"] >= 0:  # what PBT made is nothing the source knows
+            if event["index"] >= 0 and not event.get("heard"):  # what PBT made is nothing the source knows
                 self._names[trial_id] = event["trial_first"]
             self._on_resume(trial_id, event["trial"])
             self._on_event(
                 self._journal.write("resumed", trial=trial_id, config_key=event["config_key"], replaces=event["trial"])
             )
-            return _trial_config(event, self._plan.resolve(_thaw(event["point"])), event["reported"])
+            return _trial_config(event, self._plan.resolve(thaw(event["point"])), event["reported"])
         if self._proposed >= self._plan.budget:
             return Searcher.FINISHED
         point = self._source.ask(trial_id)
@@ -378,7 +378,7 @@ def outcome_of(result: Mapping[str, Any] | None, error: bool, metric: str) -> tu
         error
         or value is None
         or not math.isfinite(value)
-        or (result or {}).get("stop_reason") in ("diverged", "crashed")
+        or (result or {}).get("stop_reason") in ("diverged", "crashed", "oom", "storage")
     ):
         return FAIL, None
     return (COMPLETE if (result or {}).get("stop_reason") == "finished" else PRUNED), value
@@ -404,9 +404,5 @@ def _trial_config(event: Event, config: Config, reported: int) -> dict[str, Any]
         "parent": event.get("parent", {}),
         "epochs": config.epochs,
         "reports": [epoch for epoch in config.reports if epoch > reported],
+        "worst": dict(event.get("worst", {})),
     }
-
-
-def _thaw(point: Mapping[str, Any]) -> Point:
-    """A point read from JSON: lists are tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}

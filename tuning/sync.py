@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trainables.family import BadValue
+from tuning import mirror
+from tuning.locks import Taken, held
+from tuning.names import checked_name
+from tuning.runs import load_plain
+from tuning.secrets import RedactingFormatter
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -19,28 +26,57 @@ log = logging.getLogger(__name__)
 
 def main(
     name: Annotated[str, typer.Argument(help="the sweep's name")],
-    storage: Annotated[Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE")] = Path("sweeps"),
+    storage: Annotated[
+        str, typer.Option(help="folder of sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE")
+    ] = "sweeps",
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s sync %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    folder = storage / name
-    if not (folder / "sweep.json").is_file():
-        typer.echo(f"there is no sweep '{name}' in {storage}: {folder / 'sweep.json'} does not exist", err=True)
-        raise typer.Exit(2)
     try:
-        sent = deliver(folder, follow)
-    except BadValue as error:
+        checked_name("the name", name)
+        look = partial(mirror.fetch, storage, name) if mirror.is_url(storage) else lambda: Path(storage) / name
+        folder = look()
+        if not (folder / "sweep.json").is_file():
+            raise FileNotFoundError
+    except FileNotFoundError:
+        typer.echo(f"there is no sweep '{name}' in {storage}: {storage}/{name}/sweep.json does not exist", err=True)
+        raise typer.Exit(2) from None
+    except (BadValue, mirror.StorageError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    try:
+        sent = deliver_alone(folder, follow, look, storage)
+        if mirror.is_url(storage) and load_plain(folder)["tracking_uri"]:
+            mirror.publish(storage, name, [folder / "tracking.json"])
+    except (BadValue, mirror.StorageError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(3) from None
     if not follow:
         typer.echo(f"{name}: delivered, {sent} new events and points")
 
 
-def deliver(folder: Path, follow: int = 0) -> int:
+def deliver_alone(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
+    """`deliver`, one process at a time: two would both make the runs that neither finds. The recorder of a driver that
+    was killed delivers what it left; the next one's waits for it."""
+    begun = time.monotonic()
+    while True:
+        try:
+            with held(folder / "sync.lock"):
+                return deliver(folder, follow, look, storage)
+        except Taken as error:
+            if not follow and time.monotonic() - begun > PATIENCE_SECONDS:
+                raise BadValue(f"{folder.name} is being delivered by {error}: it needs no second") from None
+        time.sleep(FOLLOW_SECONDS / 4)
+
+
+def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
     """Deliver once, or until the sweep has finished and process `follow` needs no more. Returns what was sent.
 
+    `look` brings the folder up to date, where it is this machine's copy of a bucket's, which `storage` then names.
     Raises `BadValue` when the server stays away.
     """
     from tuning.tracking import Tracker
@@ -49,6 +85,8 @@ def deliver(folder: Path, follow: int = 0) -> int:
     while True:
         over = not follow or not _alive(follow)
         try:
+            if look:
+                look()
             tracker = tracker or Tracker(folder)
             sent += tracker.deliver()
             away_since = 0.0
@@ -63,7 +101,7 @@ def deliver(folder: Path, follow: int = 0) -> int:
             if (over or _finished(folder)) and time.monotonic() - away_since > PATIENCE_SECONDS:
                 raise BadValue(
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
-                    f"`python -m tuning.sync {folder.name} --storage {folder.parent}` delivers it later"
+                    f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
         time.sleep(FOLLOW_SECONDS)
 

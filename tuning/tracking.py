@@ -19,9 +19,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from trainables.files import write_atomically
 from tuning.journal import Event, read
 from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
+from tuning.secrets import tracking_uri
 
 CURVE_POINTS = 1000
 SENDERS = 8
@@ -53,9 +55,10 @@ class Tracker:
 
         self._folder = folder
         self._plain = load_plain(folder)
-        self._client = MlflowClient(self._plain["tracking_uri"])
+        uri = tracking_uri(folder, self._plain)
+        self._client = MlflowClient(uri)
         # a server answers several at once; one SQLite file takes one after the other
-        self._at_once = SENDERS if self._plain["tracking_uri"].startswith("http") else 1
+        self._at_once = SENDERS if uri.startswith("http") else 1
         self._path = folder / "tracking.json"
         self._state: dict[str, Any] = {"offset": 0, "parts": {}, "logged": {}, "artifacts": False}
         if self._path.is_file():
@@ -74,7 +77,7 @@ class Tracker:
         name = f"{self._plain['family']}/{self._plain['sweep']}"
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            uri = self._plain["tracking_uri"]
+            uri = tracking_uri(self._folder, self._plain)
             location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
             # the tag opens MLflow's page for training runs; without it version 3 takes an experiment for a GenAI one
             kind = {"mlflow.experimentKind": "custom_model_development"}
@@ -136,6 +139,9 @@ class Tracker:
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
                 self._client.log_artifact(run, str(self._folder / name))
+        for path in sorted((self._folder / "errors").glob("*.txt")):
+            if ("config", path.stem) in self._ids:
+                self._client.log_artifact(self._ids["config", path.stem], str(path))
         for kind in ("epochs", "steps", "covariates"):
             folder = self._folder / kind
             if not folder.is_dir():
@@ -341,9 +347,7 @@ class Tracker:
         logged[key] = epoch
 
     def _save(self) -> None:
-        scratch = self._path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self._state))
-        os.replace(scratch, self._path)
+        write_atomically(self._path, json.dumps(self._state).encode())
 
 
 def _summary(row: Mapping[str, Any]) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainables.datasets.cache import find_files
+from trainables.datasets.cache import find_files, note_read
 from trainables.datasets.spikes import Events, write_events
 from trainables.family import BadValue
 
@@ -70,6 +70,7 @@ def fsdd_files(data_dir: Path | None, cache_dir: Path, holdout: str) -> list[Pat
             "speaker": the last speaker is.
     """
     (source,) = find_files(data_dir, "fsdd", ["recordings.npz"], "FSDD (recordings.npz)")
+    note_read([source])
     stat = source.stat()
     folder = cache_dir / f"fsdd-{holdout}-{stat.st_size}-{stat.st_mtime_ns}"
     paths = [folder / "fsdd_train.h5", folder / "fsdd_test.h5"]
