@@ -27,10 +27,14 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN       # a token of this job's own
 RAY_AUTH_TOKEN=$(.venv/bin/python -c 'import secrets; print(secrets.token_hex(32))')
 export PATH=$PWD/.venv/bin:$PATH                # `ray symmetric-run` starts plain `ray`
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300   # 30 s are short for Python on a shared file system
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export RAY_gcs_rpc_server_reconnect_timeout_s=15    # the other nodes end this long after the sweep, instead of 60 s
+node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# an address, not a name: what a node calls itself may be its loopback, and Ray's own resolver does not read /etc/hosts
+head=$(getent ahostsv4 "$node" | awk '$1 !~ /^127\./ {print $1; exit}')
+head=${head:-$(hostname -I | awk '{print $1}')}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    .venv/bin/ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
+exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="${SLURM_CPUS_PER_TASK:-1}" --disable-usage-stats -- \
-    .venv/bin/python "$@" --address "$head:$port"
+    python "$@" --address "$head:$port"

@@ -112,6 +112,7 @@ class Host:
         key = self._stack_of.pop(token, None)
         if key is not None and key in self._stacks:
             self._with_memory(key, lambda: self._stacks[key].release(token))
+            self._stacks[key].release(token)  # again, where memory ran out half-way; nothing otherwise
 
     def save(self, token: str) -> None:
         """Checkpoint a config now."""

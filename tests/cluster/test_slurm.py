@@ -18,12 +18,12 @@ from tuning.journal import read
 
 pytestmark = [
     pytest.mark.heavy,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(slurm.missing()), reason=f"needs Slurm on test hosts: {slurm.missing()}"),
 ]
 BASE = Path("/var/tmp/lanewise-test-slurm")
 SUBMIT = "sbatch --parsable --gpus-per-node=0 --cpus-per-task=2 clusters/slurm.sh tune_toy.py"
-SWEEP = "grid --engine serial --scheduler none --set epochs=120 --quiet"
+SWEEP = "grid --engine serial --scheduler none --set epochs=60 --quiet"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def state(hosts: Hosts, job: str) -> str:
     return told.partition("JobState=")[2].split()[0]
 
 
-def until(hosts: Hosts, checkout: Path, job: str, *states: str, seconds: float = 240) -> str:
+def until(hosts: Hosts, checkout: Path, job: str, *states: str, seconds: float = 480) -> str:
     deadline = time.monotonic() + seconds
     while (now := state(hosts, job)) not in states:
         assert time.monotonic() < deadline, log(checkout, job)
@@ -97,7 +97,7 @@ def test_a_job_runs_a_sweep_on_every_node_and_leaves_nothing(site, checkout):
 def test_a_cancelled_job_is_continued_by_the_next(site, checkout):
     job = submit(site, checkout, f"{SWEEP} --name cut")
     journal = checkout / "sweeps" / "cut" / "journal.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not any(event["event"] == "end" for event, _ in read(journal)):
         assert state(site, job) in ("PENDING", "RUNNING"), log(checkout, job)
         assert time.monotonic() < deadline, log(checkout, job)
