@@ -282,7 +282,7 @@ class Proposer(Searcher):
         self._names: dict[str, str] = {}  # trial id -> the id the source knows it by
         self._last: dict[str, tuple[float, float]] = {}  # trial id -> progress and value of its newest result
         self._live: set[str] = set()
-        self.limit = plan.budget
+        self.limit: float = math.inf
 
     @property
     def remaining(self) -> int:
@@ -295,7 +295,7 @@ class Proposer(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self._live) >= self.limit:
+        if self.remaining and len(self._live) >= self.limit:
             return None
         config = self._next(trial_id)
         if config != Searcher.FINISHED:
