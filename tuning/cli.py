@@ -106,6 +106,10 @@ def _command(sweeps: Sweeps) -> Any:
             typer.Option(help="with --resume: run configs again that crashed, ran out of memory or diverged"),
         ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
+        placement: Annotated[
+            Literal["spread", "packed"],
+            typer.Option(help="spread configs over all devices, or fill one before the next"),
+        ] = "spread",
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
     ) -> int:
@@ -139,6 +143,7 @@ def _command(sweeps: Sweeps) -> Any:
             tracking_uri=tracking_uri,
             address=address,
             max_concurrent=max_concurrent,
+            placement=placement,
             time_budget=time_budget,
         )
         if plan_:
@@ -177,6 +182,7 @@ def resolve(
     address: str,
     max_concurrent: int,
     time_budget: float,
+    placement: str = "spread",
 ) -> SweepPlan:
     """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
     chosen, family = sweeps.find(sweep), load_family(sweeps.family)
@@ -236,6 +242,7 @@ def resolve(
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
+        placement=placement,
         time_budget=time_budget,
         command=tuple(sys.argv),
     )

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from ray.tune import Callback
-from ray.tune.search import ConcurrencyLimiter
 
 SECOND_CONFIG_AFTER = 30.0
 """Seconds after a sweep's first result until a core gets a second config: that costs a process, which takes as long to
@@ -16,16 +15,16 @@ log = logging.getLogger(__name__)
 
 
 class Ramp(Callback):
-    """Tune's own limit on trials in flight, lower while a sweep may still turn out to be short.
+    """The proposer's limit, lower while a sweep may still turn out to be short.
 
     Args:
-        searcher: asked for trials through `limiter`.
+        proposer: its `limit` is set and raised.
         first, most: configs in flight before and after the sweep has run for SECOND_CONFIG_AFTER.
     """
 
-    def __init__(self, searcher: Any, first: int, most: int):
-        self.limiter = ConcurrencyLimiter(searcher, max_concurrent=min(first, most))
-        self._most = most
+    def __init__(self, proposer: Any, first: int, most: int):
+        self._proposer, self._most = proposer, most
+        proposer.limit = min(first, most)
         self.first_result: float | None = None  # when, on the clock of time.monotonic
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,6 +34,6 @@ class Ramp(Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if self.first_result is None:
             self.first_result = time.monotonic()
-        if time.monotonic() - self.first_result > SECOND_CONFIG_AFTER and self.limiter.max_concurrent < self._most:
+        if time.monotonic() - self.first_result > SECOND_CONFIG_AFTER and self._proposer.limit < self._most:
             log.info("%d configs in flight from here on", self._most)
-            self.limiter.set_max_concurrency(self._most)
+            self._proposer.limit = self._most

@@ -124,6 +124,11 @@ def run(
     return Outcome(dict(progress.ended), *outcome[0], outcome[2], seconds)
 
 
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
 def _search(
     plan: SweepPlan,
     progress: Any,
@@ -140,6 +145,8 @@ def _search(
         RAY_AIR_NEW_OUTPUT="0",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         RAY_CHDIR_TO_TRIAL_DIR="0",
+        # Tune writes the state of all trials again and again for a restore that is never used (`tuning.resume`)
+        TUNE_GLOBAL_CHECKPOINT_S="1e9",
         TUNE_DISABLE_SIGINT_HANDLER="1",  # see `tuning.interruptions`
     )
     if not plan.address:
@@ -147,8 +154,9 @@ def _search(
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
-    from lanes.host import HostSettings, Pool, find_slots
-    from tuning.demand import release
+    from lanes.host import HostSettings
+    from lanes.pool import Pool, find_slots
+    from tuning.demand import ask, release, wanted_gpus
 
     # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
     threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
@@ -190,15 +198,17 @@ def _search(
             make_checkpoints=partial(make_checkpoints, plan.store),
             make_log=partial(make_log, plan.store),
             make_formatter=RedactingFormatter,
+            device=os.environ.get("LANEWISE_DEVICE", ""),
         )
         pool = (
             ray.remote(Pool)
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
-            .remote(settings, concurrent, 1 - TRIAL_CPUS)
+            .remote(settings, concurrent, 1 - TRIAL_CPUS, plan.placement)
         )
         # the hosts start while this process imports what is left
         from ray import tune
 
+        from tuning.elastic import Elastic
         from tuning.ramp import Ramp
         from tuning.recorder import Recorder
         from tuning.resume import Past, replay
@@ -217,6 +227,7 @@ def _search(
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
+        past.events.clear()  # of a long sweep they are many
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
             scheduler.exploited = recorder.on_exploit
@@ -242,6 +253,12 @@ def _search(
             on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces], past.last.get(replaces)),
         )
         recorder.on_abandon = proposer.abandon
+        if plan.address:
+            if gpu:
+                ask(wanted_gpus(plan))
+            grows = plan.scheduler != "pbt" and not plan.max_concurrent
+            elastic = Elastic(pool, proposer, (lambda n: _concurrency(plan, n, gpu)) if grows else None, gpu)
+            recorder.on_step = partial(_both, delivery.check, elastic.step)
         trainable = tune.with_parameters(
             ConfigTrial,
             pool=pool,
@@ -261,7 +278,7 @@ def _search(
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": trial_cpus}),
             tune_config=tune.TuneConfig(
-                search_alg=ramp.limiter,
+                search_alg=proposer,
                 scheduler=scheduler,
                 num_samples=-1,
                 reuse_actors=True,
@@ -274,6 +291,8 @@ def _search(
                 callbacks=[recorder, ramp],
                 stop=stopping,
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
+                # what a trial would save at its end is a pointer that nobody follows: one call less for each
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         interruptions.on_first = partial(stopping.stop, "interrupted")
