@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +26,27 @@ def tracking_uri(sweep: Sweep, given: str | None = None) -> str | None:
     """
     if given:
         return given
-    stored = sweep.info.get("tracking_uri")
+    stored = _whole(sweep, sweep.info.get("tracking_uri"))
     own = sweep.folder.parent / "mlflow.db"
     if stored and not (
         stored.startswith("sqlite:") and _sqlite_path(stored) != own and not _sqlite_path(stored).exists()
     ):
         return str(stored)
     return f"sqlite:///{own}" if own.exists() else None
+
+
+def _whole(sweep: Sweep, stored: str | None) -> str | None:
+    """The URI with its password, which stands in a file of its own that only its owner can read."""
+    path = sweep.folder / "secrets.json"
+    try:
+        return str(json.loads(path.read_text())["tracking_uri"]) if path.is_file() else stored
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): give --tracking-uri") from error
+
+
+def shown(uri: str) -> str:
+    """A URI without what stands before its @."""
+    return re.sub(r"(://(?:[^\s/@:]*:)?)[^\s/]+(?=@)", r"\1***", uri)
 
 
 def log_to_sweep_run(
@@ -71,7 +87,7 @@ def _sweep_run(client: Any, name: str, uri: str) -> str:
         order_by=["attributes.start_time DESC"],
     )
     if not runs:
-        raise UserError(f"{uri} has no run of the sweep '{name}' (tags sweep = {name}, kind = sweep)")
+        raise UserError(f"{shown(uri)} has no run of the sweep '{name}' (tags sweep = {name}, kind = sweep)")
     return str(runs[0].info.run_id)
 
 
@@ -83,7 +99,7 @@ def _answers(uri: str) -> None:
         try:
             socket.create_connection((parts.hostname or "", port), timeout=PATIENCE).close()
         except OSError as error:
-            raise UserError(f"the tracking server {uri} does not answer: {error}") from error
+            raise UserError(f"the tracking server {shown(uri)} does not answer: {error}") from error
     elif parts.scheme == "sqlite" and not _sqlite_path(uri).exists():
         raise UserError(f"no MLflow database at {_sqlite_path(uri)}")
 
