@@ -6,12 +6,13 @@ of 10,000 runs touches eight configs' rows. Nothing is cached between calls: a r
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +23,9 @@ import pyarrow.parquet as pq
 from analysis.errors import UserError, unknown
 from tuning import mirror
 
+T = TypeVar("T")
+P = ParamSpec("P")
+ATTEMPTS = 10
 ENDED = ("finished", "stopped", "diverged", "oom", "crashed", "cancelled")
 """Stop reasons; a run that has none of them is `running` or `pending`."""
 
@@ -51,6 +55,19 @@ _STANDARD: dict[str, Any] = {
 
 _NEEDED = ("run_key", "config_key", "seed")
 """Columns without which no row is a run's."""
+
+
+def _reading(read: Callable[P, T]) -> Callable[P, T]:
+    """Reads again where a part file, listed a moment before, was merged into a larger one (a sweep that runs)."""
+
+    @wraps(read)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return read(*args, **kwargs)
+        return read(*args, **kwargs)
+
+    return again
 
 
 @dataclass(frozen=True)
@@ -212,6 +229,7 @@ class Sweep:
         where = _both(_among("name", names), _among("run_key", runs))
         return self._table("covariates", None, where, ["run_key", "epoch", "name"])
 
+    @_reading
     def covariate_names(self) -> list[str]:
         """Names of the covariates that were recorded (none: an empty list)."""
         data = self._dataset("covariates")
@@ -219,6 +237,7 @@ class Sweep:
             return []
         return sorted(pc.unique(data.to_table(columns=["name"])["name"]).to_pylist())
 
+    @_reading
     def metrics_of(self, table: str) -> list[str]:
         """Metric columns of `epochs` or `steps`, as far as written."""
         data = self._dataset(table)
@@ -232,10 +251,13 @@ class Sweep:
         try:
             schemas = [pq.read_schema(file).remove_metadata() for file in files]
             schema = pa.unify_schemas(schemas, promote_options="permissive")
+        except FileNotFoundError:
+            raise  # merged into a larger one since it was listed: `_reading` looks again
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         return ds.dataset(files, schema=schema, format="parquet")
 
+    @_reading
     def _table(
         self, table: str, columns: list[str] | None, where: pc.Expression | None, key: list[str]
     ) -> pd.DataFrame:

@@ -109,7 +109,33 @@ def test_the_sweep_run_holds_the_artifacts(undisturbed, uri):
     client = MlflowClient(uri)
     (top,) = tree_of(uri)["sweep"]
     names = {item.path for item in client.list_artifacts(top.info.run_id)}
-    assert {"sweep.json", "runs.parquet", "epochs", "steps"} <= names
+    assert {"sweep.json", "runs.parquet", "epochs", "steps", "report"} <= names
+    report = {item.path for item in client.list_artifacts(top.info.run_id, "report")}
+    assert {f"report/{path.name}" for path in (undisturbed.folder / "report").iterdir()} == report
+
+
+def test_a_follower_delivers_at_a_word_and_ends_when_its_driver_hangs_up(undisturbed, tmp_path):
+    """The driver tells it that the search is over, writes the report meanwhile, and closes the pipe."""
+    shutil.copytree(undisturbed.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("tracking.json", "report"))
+    plain = json.loads((tmp_path / "copy" / "sweep.json").read_text())
+    own = {"name": "copy", "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    (tmp_path / "copy" / "sweep.json").write_text(json.dumps(plain | own))
+    command = [sys.executable, "-m", "tuning.sync", "copy", "--storage", str(tmp_path), "--follow", str(os.getpid())]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as sync:
+        assert sync.stdin is not None
+        sync.stdin.write(b"\n")
+        sync.stdin.flush()
+        while not (tmp_path / "copy" / "tracking.json").is_file():
+            assert sync.poll() is None
+        (tmp_path / "copy" / "report").mkdir()
+        (tmp_path / "copy" / "report" / "index.html").write_text("late")
+        sync.stdin.close()
+        assert sync.wait() == 0
+    (top,) = tree_of(own["tracking_uri"])["sweep"]
+    client = MlflowClient(own["tracking_uri"])
+    assert [item.path for item in client.list_artifacts(top.info.run_id, "report")] == ["report/index.html"]
 
 
 def test_delivering_again_changes_nothing_even_if_the_place_is_forgotten(undisturbed, uri):

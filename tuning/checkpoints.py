@@ -12,11 +12,10 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from tuning.storage import StorageError, Store, as_store
 
@@ -36,6 +35,8 @@ class CheckpointStore:
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
+        import safetensors.torch  # the driver, which only discards, goes without torch
+
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
         data = safetensors.torch.save(tensors)
         plain = {
@@ -56,6 +57,8 @@ class CheckpointStore:
 
         at_most: prefer the newest that is not past this step.
         """
+        import safetensors
+
         steps = self._steps(run_key)
         if at_most is not None:
             steps.sort(key=lambda step: step if step <= at_most else -step)
@@ -76,6 +79,8 @@ class CheckpointStore:
 
     def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state, extra) of a pair. Raises ValueError, or what reading raises, where it is damaged."""
+        import safetensors.torch
+
         plain = json.loads(self._store.read(f"{name}.json"))
         if not isinstance(plain, dict):
             raise ValueError("its JSON is not what a checkpoint holds")

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -107,6 +106,10 @@ def _command(sweeps: Sweeps) -> Any:
             typer.Option(help="with --resume: run configs again that crashed, ran out of memory or diverged"),
         ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
+        placement: Annotated[
+            Literal["spread", "packed"],
+            typer.Option(help="spread configs over all devices, or fill one before the next"),
+        ] = "spread",
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
     ) -> int:
@@ -140,6 +143,7 @@ def _command(sweeps: Sweeps) -> Any:
             tracking_uri=tracking_uri,
             address=address,
             max_concurrent=max_concurrent,
+            placement=placement,
             time_budget=time_budget,
         )
         if plan_:
@@ -178,6 +182,7 @@ def resolve(
     address: str,
     max_concurrent: int,
     time_budget: float,
+    placement: str = "spread",
 ) -> SweepPlan:
     """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
     chosen, family = sweeps.find(sweep), load_family(sweeps.family)
@@ -199,7 +204,7 @@ def resolve(
     number = int(lanes) if lanes.isascii() and lanes.isdecimal() and len(lanes) < 7 else 0
     if lanes not in ("auto", "off") and number < 1:
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched" and not address and not torch.cuda.is_available():
+    if engine == "branched" and not address and not _has_gpu():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
     if data_dir is not None and not _is_folder(data_dir):
         raise BadValue(f"--data-dir {str(data_dir)[:200]!r} is not a folder")
@@ -237,6 +242,7 @@ def resolve(
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
+        placement=placement,
         time_budget=time_budget,
         command=tuple(sys.argv),
     )
@@ -421,3 +427,9 @@ def print_sweeps(sweeps: Sweeps) -> None:
         mark = " (default)" if sweep.name == sweeps.default else ""
         table.add_row(f"{sweep.name}{mark}", str(sweep.configs or "any"), str(sweep.seeds), f"{steps:,}", Text(what))
     console.print(table)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

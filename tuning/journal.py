@@ -1,5 +1,10 @@
 """The sweep's journal: every proposal, report, decision and end, one JSON line each, on disk before it counts.
 
+A proposal is on disk before anybody trains it. What Tune's loop says of one result (report, decision, end) is handed
+to the operating system at once, so that killing the driver loses none of it, and reaches the disk together, before the
+loop goes on: a machine that loses power can cost the end of the journal, never its middle, and --resume hears that
+end again.
+
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
     begin     {versions, git, code, resumed}         a driver takes the sweep up
@@ -35,6 +40,7 @@ from trainables.family import BadValue
 from tuning.ground import StorageFailed
 
 Event = dict[str, Any]
+TOGETHER = ("report", "decision", "end")
 
 
 class Journal:
@@ -47,6 +53,7 @@ class Journal:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._lock = threading.Lock()
+        self._unsettled = False
         self._path = path
         _cut_torn_line(path)
         self._file = open(path, "ab")  # noqa: SIM115  # held for the sweep's life
@@ -60,15 +67,26 @@ class Journal:
         return self._wall + timedelta(seconds=self._clock() - self._started)
 
     def write(self, event: str, **fields: Any) -> Event:
-        """Append one event and wait until it is on disk. Returns it."""
+        """Append one event and wait until it is on disk, or, for TOGETHER, until `settle`. Returns it."""
         entry = {"event": event, "time": self.now.isoformat(timespec="milliseconds"), **fields}
         data = (json.dumps(entry, default=_plain) + "\n").encode()
+        with self._writing():
+            self._append(entry, data)
+        return entry
+
+    def settle(self) -> None:
+        """Wait until everything written is on disk."""
+        with self._writing():
+            if self._unsettled:
+                self._sync()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
             with self._lock:
-                self._append(entry, data)
+                yield
         except OSError as error:
             raise StorageFailed(f"{self._place} could not be written ({error.strerror or error})") from error
-        return entry
 
     @property
     def _place(self) -> str:
@@ -77,12 +95,21 @@ class Journal:
     def _append(self, entry: Event, line: bytes) -> None:
         self._file.write(line)
         self._file.flush()
-        os.fsync(self._file.fileno())
         if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
             raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
+        self._unsettled = True
+        if entry.get("event") not in TOGETHER:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unsettled = False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk left in the buffer was never said to be written
+            if self._unsettled:
+                self._sync()
+        with contextlib.suppress(OSError):
             self._file.close()
 
 

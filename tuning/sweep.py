@@ -74,6 +74,7 @@ class SweepPlan:
     data_dir: Path | None = None
     max_concurrent: int = 0
     time_budget: float = 0.0
+    placement: str = "spread"
     command: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     bucket: str = ""

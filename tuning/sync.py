@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import time
 from collections.abc import Callable
 from functools import partial
@@ -79,23 +80,22 @@ def deliver_alone(folder: Path, follow: int = 0, look: Callable[[], Path] | None
 
 
 def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
-    """Deliver once, or until the sweep has finished and process `follow` needs no more. Returns what was sent.
+    """Deliver once, or for process `follow` until it is gone or ends our standard input, which it also writes to when
+    there is something to deliver at once. Returns what was sent.
 
     `look` brings the folder up to date, where it is this machine's copy of a bucket's, which `storage` then names.
     Raises `Away` when the server stays away, `BadValue` when the journal is damaged.
     """
     from tuning.tracking import Tracker
 
-    tracker, sent, away_since = None, 0, 0.0
+    tracker, sent, away_since, over = None, 0, 0.0, not follow
     while True:
-        over = not follow or not _alive(follow)
         try:
             if look:
                 look()
             tracker = tracker or Tracker(folder)
             sent += tracker.deliver()
             away_since = 0.0
-            over = over or tracker.finished
             if over:
                 tracker.artifacts()
                 tracker.settle()
@@ -111,7 +111,13 @@ def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = Non
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
                     f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
-        time.sleep(FOLLOW_SECONDS)
+        over = over or not _wait(FOLLOW_SECONDS) or not _alive(follow)
+
+
+def _wait(seconds: float) -> bool:
+    """Until standard input has something, or so long. False when it has ended."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    return not ready or bool(os.read(0, 4096))
 
 
 def _finished(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ import pyarrow.parquet as pq
 
 from trainables.files import write_atomically
 from tuning.journal import Event, read
+from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
 from tuning.secrets import tracking_uri
 from tuning.tracked_runs import TrackedRuns
 
 CURVE_POINTS = 1000
+ATTEMPTS = 5
+"""Times that part files are listed anew where one was merged while they were read."""
+SENDERS = 8
+"""Runs that are sent to a tracking server at the same time."""
 STEPS_ARTIFACT_BYTES = 100_000_000
 STATUS = {
     "finished": "FINISHED",
@@ -56,14 +62,20 @@ class Tracker:
 
         self._folder = folder
         self._plain = load_plain(folder)
-        self._client = MlflowClient(tracking_uri(folder, self._plain))
+        uri = tracking_uri(folder, self._plain)
+        self._client = MlflowClient(uri)
+        # a server answers several at once; one SQLite file takes one after the other
+        self._at_once = SENDERS if uri.startswith("http") else 1
         self._path = folder / "tracking.json"
-        self._state: dict[str, Any] = {"offset": 0, "parts": [], "logged": {}, "artifacts": False}
+        self._state: dict[str, Any] = {"offset": 0, "parts": {}, "logged": {}, "artifacts": False}
         if self._path.is_file():
             try:
                 self._state = json.loads(self._path.read_text())
             except ValueError:
                 log.warning("%s is damaged: everything is sent again, which changes nothing", self._path)
+            if isinstance(self._state["parts"], list):  # names of files, of an earlier version: points are known anyway
+                self._state["parts"] = {}
+                self._state.pop("sending", None)
         self._table = RunTable(self._plain)
         self._runs: TrackedRuns | None = None
         self._pending: dict[str, dict[str, list]] = defaultdict(lambda: {"metrics": [], "params": [], "tags": []})
@@ -98,8 +110,6 @@ class Tracker:
 
     def deliver(self) -> int:
         """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
-        from mlflow.entities import Metric, Param, RunTag
-
         if self._runs is None:
             self.connect()
         sent = 0
@@ -115,39 +125,54 @@ class Tracker:
             if "sending" not in self._state:
                 self._state["sending"] = batch
                 self._save()
-            for run_id, content in self._pending.items():
-                metrics = [Metric(*entry) for entry in content["metrics"]]
-                # a config that was proposed again has its params twice: MLflow takes each name once a call
-                params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
-                tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
-                sent += len(metrics)
-                for metric_part, param_part, tag_part in _batches(metrics, params, tags):
-                    self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
-            for run_id, (status, at) in self._status.items():
-                self._set_status(run_id, status, at)
+            runs = list(dict.fromkeys([*self._pending, *self._status]))
+            sent += sum(len(content["metrics"]) for content in self._pending.values())
+            with ThreadPoolExecutor(self._at_once) as senders:
+                for _ in senders.map(self._send, runs):  # raises what one of them raised
+                    pass
             self._pending.clear()
             self._status.clear()
             self._state["offset"] = batch["offset"]
-            self._state["parts"] += batch["parts"]
+            self._state["parts"].update(batch["parts"])
             self._state["logged"].update(logged)
             del self._state["sending"]
             self._save()
         return sent
 
+    def _send(self, run_id: str) -> None:
+        """One run's points, params, tags and status."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        content = self._pending.get(run_id, {"metrics": [], "params": [], "tags": []})
+        metrics = [Metric(*entry) for entry in content["metrics"]]
+        # a config that was proposed again has its params twice: MLflow takes each name once a call
+        params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
+        tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
+        for metric_part, param_part, tag_part in _batches(metrics, params, tags):
+            self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
+        if run_id in self._status:
+            self._set_status(run_id, *self._status[run_id])
+
     def _next_batch(self) -> dict[str, Any] | None:
-        """What has come since the last one: an offset into the journal and names of part files."""
+        """What has come since the last one: an offset into the journal, and writer -> number of its newest part."""
         offset, known = self._state["offset"], set(self._table.rows)
         for event, after in read(self._folder / "journal.jsonl", offset):
             offset = after
             known.update(event.get("runs", {}).values())
-        folder = self._folder / "epochs"
-        done = set(self._state["parts"])
-        new = sorted(path for path in folder.glob("*.parquet") if path.name not in done) if folder.is_dir() else []
-        parts = []
-        for path in new:
-            keys = pq.read_table(path, columns=["run_key"]).column("run_key").unique().to_pylist()
-            if known.issuperset(keys):  # else its proposal is not in the journal yet
-                parts.append(path.name)
+        parts: dict[str, int] = {}
+        behind: set[str] = set()
+        for part in not_merged(parts_in(self._folder / "epochs")):
+            if part.last <= self._state["parts"].get(part.writer, 0) or part.writer in behind:
+                continue
+            try:
+                keys = pq.read_table(part.path, columns=["run_key"]).column("run_key").unique().to_pylist()
+            except FileNotFoundError:  # merged meanwhile: the next time
+                behind.add(part.writer)
+                continue
+            if known.issuperset(keys):
+                parts[part.writer] = part.last
+            else:
+                behind.add(part.writer)  # its proposal is not in the journal yet
         return {"offset": offset, "parts": parts} if parts or offset > self._state["offset"] else None
 
     def settle(self) -> None:
@@ -173,7 +198,7 @@ class Tracker:
             self._client.set_terminated(run_id, status, at)
 
     def artifacts(self) -> None:
-        """The command and space, the runs table and the curves, on the sweep's run."""
+        """The command and space, the runs table, the curves and the report, on the sweep's run."""
         run = self._id("sweep", self._plain["name"])
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
@@ -190,6 +215,8 @@ class Tracker:
                 self._client.log_artifacts(run, str(folder), kind)
             else:
                 self._client.set_tag(run, f"{kind}_folder", str(folder.resolve()))
+        if (self._folder / "report").is_dir():
+            self._client.log_artifacts(run, str(self._folder / "report"), "report")
 
     # --- runs ---
 
@@ -254,11 +281,12 @@ class Tracker:
 
     def _describe_config(self, config_key: str, reason: str, at: int) -> None:
         """Mean, spread and number of seeds of everything the config's runs ended with."""
-        rows = [row for row in self._table.rows.values() if row["config_key"] == config_key]
+        rows = self._table.of_config[config_key]
         run = self._id("config", config_key)
         values: dict[str, float | None] = {"seeds": float(len(rows))}
-        for name in sorted({name for row in rows for name in _summary(row)}):
-            numbers = [row_value for row in rows if (row_value := _summary(row).get(name)) is not None]
+        ends = [_summary(row) for row in rows]
+        for name in sorted({name for end in ends for name in end}):
+            numbers = [end_value for end in ends if (end_value := end.get(name)) is not None]
             finite = [value for value in numbers if math.isfinite(value)]
             if finite:
                 mean = sum(finite) / len(finite)
@@ -291,18 +319,34 @@ class Tracker:
 
     # --- curves ---
 
-    def _points(self, parts: list[str]) -> dict[str, int]:
-        """Queue the points of part files; at most about CURVE_POINTS a curve, the last always. Returns run key -> the
-        last epoch queued.
+    def _points(self, parts: dict[str, int]) -> dict[str, int]:
+        """Queue the points of part files, {writer: up to this number}; at most about CURVE_POINTS a curve, the last
+        always. Returns run key -> the last epoch queued.
 
         In the order in which they were recorded: an epoch that was trained again after a kill counts as it was first,
-        and part files of two hosts sort by process and not by time.
+        and part files of two hosts sort by process and not by time. A part may have been merged into a larger one since
+        the batch was noted: what else that holds is sent now or found to be known later.
         """
-        rows = [row for part in parts for row in pq.read_table(self._folder / "epochs" / part).to_pylist()]
         logged = dict[str, int]()
-        for row in sorted(rows, key=lambda row: (row["time"], row["epoch"])):
-            self._point(row, logged)
+        for row in sorted(self._rows_of(parts), key=lambda row: (row["time"], row["epoch"])):
+            if row["run_key"] in self._table.rows:
+                self._point(row, logged)
         return logged
+
+    def _rows_of(self, parts: dict[str, int]) -> list[dict[str, Any]]:
+        """Rows of parts not sent before; from the start where one was merged while it was read."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return [
+                    row
+                    for part in not_merged(parts_in(self._folder / "epochs"))
+                    if part.first <= parts.get(part.writer, 0) and part.last > self._state["parts"].get(part.writer, 0)
+                    for row in pq.read_table(part.path).to_pylist()
+                ]
+            except FileNotFoundError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError
 
     def _point(self, row: dict[str, Any], logged: dict[str, int]) -> None:
         key, epoch = row["run_key"], row["epoch"]
