@@ -154,6 +154,7 @@ def test_the_interpreter_is_asked_for_nothing(tmp_path, undisturbed):
         checked(sweep / "journal.jsonl")
         opened = open_sweep(sweep.parent, sweep.name)
         assert len(opened.runs()) and len(opened.epochs())
+        scratch.mkdir()
         store = CheckpointStore(scratch)
         store.save("run", 1, {"w": torch.ones(2)}, {"step": 1})
         store.save("run", 2, {"w": torch.ones(2)}, {"step": 2})

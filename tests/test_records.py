@@ -60,7 +60,7 @@ def test_curves_are_readable_part_by_part_with_units_and_values(tmp_path):
         schema = pq.read_schema(next((tmp_path / kind).iterdir()))
         assert {name: str(schema.field(name).type) for name in types} == types
         plain = json.loads(schema.metadata[b"lanewise"])
-        assert plain["schema_version"] == 2
+        assert plain["schema_version"] == 1
         assert plain["metrics"]["loss"]["unit"] == "nats"
 
 

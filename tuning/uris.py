@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from trainables.family import BadValue
 from tuning.secrets import redact
 
-DRIVERS = {"postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
-"""Database -> the module that SQLAlchemy takes for it unless the URI names another."""
+DRIVERS = {"postgresql": "psycopg2", "mysql": "mysqldb", "mssql": "pyodbc"}
+"""Database -> the driver that SQLAlchemy takes for it unless the URI names another."""
+PACKAGES = {"psycopg2": ("psycopg2-binary", "psycopg2"), "mysqldb": ("mysqlclient",)}
+"""Driver -> the packages that bring it, where they have another name."""
 KNOWN = "http://HOST:PORT, sqlite:///FILE, postgresql://USER:PASSWORD@HOST/DATABASE or databricks"
 
 
@@ -65,9 +66,18 @@ def _check_database(what: str, parts: SplitResult, driver: str) -> None:
         raise BadValue(f"{what} names no host; it should look like {parts.scheme}://USER:PASSWORD@HOST/DATABASE")
     if not parts.path.strip("/"):
         raise BadValue(f"{what} names no database; it should look like {parts.scheme}://USER:PASSWORD@HOST/DATABASE")
-    if importlib.util.find_spec(driver) is None:
-        advice = "pip install 'lanewise[postgres]'" if driver == "psycopg2" else f"install the package of {driver}"
-        raise BadValue(f"{what} needs {driver}, which is not installed: {advice}")
+    packages = PACKAGES.get(driver, (driver,))
+    if not any(map(_installed, packages)):
+        advice = "'lanewise[postgres]'" if driver == "psycopg2" else packages[0]
+        raise BadValue(f"{what} needs {packages[0]}, which is not installed: pip install {advice}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except (PackageNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _other_schemes() -> set[str]:

@@ -74,16 +74,20 @@ def kill_machine(scene: Scene) -> str:
 
 def corrupt_checkpoint(scene: Scene) -> str:
     """The machine dies, and of a run or two the newest checkpoint did not survive it."""
+    if not _pairs(scene):
+        return ""
     kill_machine(scene)
     _await_gone(scene)
-    hit = []
+    found = _pairs(scene)
+    hit = [_damage(pairs[-1], scene.rng) for pairs in scene.rng.sample(found, min(2, len(found)))]
+    return ", ".join(hit) or "gone before it could be damaged"
+
+
+def _pairs(scene: Scene) -> list[list[Path]]:
+    """The checkpoints of every run that has two: with only one there is none before it, and the run begins again."""
     runs = sorted(path for path in (scene.folder / "checkpoints").glob("*") if path.is_dir())
-    for run in scene.rng.sample(runs, min(2, len(runs))):
-        pairs = sorted(run.glob("[0-9]*.json"))
-        if len(pairs) < 2:
-            continue  # the only one: there is none before it, and its run begins again (that is tested elsewhere)
-        hit.append(_damage(pairs[-1], scene.rng))
-    return ", ".join(hit)
+    found = [sorted(run.glob("[0-9]*.json")) for run in runs]
+    return [pairs for pairs in found if len(pairs) >= 2]
 
 
 def _damage(path: Path, rng: random.Random) -> str:
