@@ -54,9 +54,15 @@ def report(
     at: At = "final",
     curve: Annotated[str | None, typer.Option(help="metric of the learning curves", show_default=False)] = None,
     tracking_uri: TrackingUri = None,
+    when_told: Annotated[
+        bool, typer.Option("--when-told", help="get ready, then wait for a line on standard input", hidden=True)
+    ] = False,
 ) -> None:
     """Write the HTML report with its figures, and log it on the sweep's MLflow run."""
     from analysis.report import write_report
+
+    if when_told and not sys.stdin.readline():
+        return  # whoever would have told is gone
 
     made = write_report(storage, name, metric, at, curve)
     print(made.page)

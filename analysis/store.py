@@ -6,12 +6,13 @@ of 10,000 runs touches eight configs' rows. Nothing is cached between calls: a r
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +23,9 @@ import pyarrow.parquet as pq
 from analysis.errors import UserError, unknown
 from tuning import mirror
 
+T = TypeVar("T")
+P = ParamSpec("P")
+ATTEMPTS = 10
 ENDED = ("finished", "stopped", "diverged", "oom", "crashed", "cancelled")
 """Stop reasons; a run that has none of them is `running` or `pending`."""
 
@@ -47,6 +51,23 @@ _STANDARD: dict[str, Any] = {
     "error": None,
 }
 """Columns that every reader may count on -> the value where runs.parquet does not have them yet."""
+
+
+_NEEDED = ("run_key", "config_key", "seed")
+"""Columns without which no row is a run's."""
+
+
+def _reading(read: Callable[P, T]) -> Callable[P, T]:
+    """Reads again where a part file, listed a moment before, was merged into a larger one (a sweep that runs)."""
+
+    @wraps(read)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return read(*args, **kwargs)
+        return read(*args, **kwargs)
+
+    return again
 
 
 @dataclass(frozen=True)
@@ -116,8 +137,8 @@ class Sweep:
         path = self.folder / "runs.parquet"
         try:
             return list(pq.read_schema(path).names) if path.exists() else []
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
     def runs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """One row a run. Standard columns are always there; `columns` adds others (None: all of them).
@@ -131,11 +152,15 @@ class Sweep:
         try:
             with path.open("rb") as file:  # one open file: the sweep may replace it between two opens
                 parquet = pq.ParquetFile(file)
+                _check_columns(path, parquet.schema_arrow)
                 have = parquet.schema_arrow.names
                 wanted = None if columns is None else [c for c in have if c in _STANDARD or c in columns]
                 frame = parquet.read(columns=wanted).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        for name in _NEEDED:
+            if frame[name].isna().any():
+                raise UserError(f"{path} has rows without {name}: it is not what a sweep wrote")
         for name, default in _STANDARD.items():
             if name not in frame:
                 frame[name] = default
@@ -204,6 +229,7 @@ class Sweep:
         where = _both(_among("name", names), _among("run_key", runs))
         return self._table("covariates", None, where, ["run_key", "epoch", "name"])
 
+    @_reading
     def covariate_names(self) -> list[str]:
         """Names of the covariates that were recorded (none: an empty list)."""
         data = self._dataset("covariates")
@@ -211,6 +237,7 @@ class Sweep:
             return []
         return sorted(pc.unique(data.to_table(columns=["name"])["name"]).to_pylist())
 
+    @_reading
     def metrics_of(self, table: str) -> list[str]:
         """Metric columns of `epochs` or `steps`, as far as written."""
         data = self._dataset(table)
@@ -224,10 +251,13 @@ class Sweep:
         try:
             schemas = [pq.read_schema(file).remove_metadata() for file in files]
             schema = pa.unify_schemas(schemas, promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise UserError(f"{self.folder / table} cannot be read: {str(error).splitlines()[0]}") from error
+        except FileNotFoundError:
+            raise  # merged into a larger one since it was listed: `_reading` looks again
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         return ds.dataset(files, schema=schema, format="parquet")
 
+    @_reading
     def _table(
         self, table: str, columns: list[str] | None, where: pc.Expression | None, key: list[str]
     ) -> pd.DataFrame:
@@ -238,7 +268,10 @@ class Sweep:
             if name not in data.schema.names and name not in ("task", "step"):
                 raise unknown(f"metric in {self.name}/{table}", name, self.metrics_of(table))
         present = None if columns is None else [c for c in dict.fromkeys(columns) if c in data.schema.names]
-        frame = data.to_table(columns=present, filter=where).to_pandas()
+        try:
+            frame = data.to_table(columns=present, filter=where).to_pandas()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         # Stable sort: of rows written twice by a resumed run, the later file's stays.
         frame = frame.drop_duplicates(key, keep="last").sort_values(key, kind="stable")
         return frame.reset_index(drop=True)
@@ -263,6 +296,26 @@ class Sweep:
     def schedule(self) -> dict[str, int]:
         """`steps_per_epoch`, `epochs`, `epochs_per_task` of the sweep's base program, where sweep.json has them."""
         return {name: int(value) for name, value in (self.info.get("schedule") or {}).items()}
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    """The columns that every reader counts on are of their types, or `UserError`."""
+    for name in _NEEDED:
+        if name not in schema.names:
+            raise UserError(f"{path} has no column {name}: it is not what a sweep wrote")
+    for name, default in _STANDARD.items():
+        if name not in schema.names or not isinstance(default, (str, int, float)):
+            continue
+        kind = schema.field(name).type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not pa.types.is_null(kind) and not (text if isinstance(default, str) else number):
+            raise UserError(f"{path} holds {name} as {kind}: it is not what a sweep wrote")
 
 
 def _among(column: str, values: Iterable[Any] | None) -> pc.Expression | None:
@@ -309,12 +362,16 @@ def _fetch_sweep(storage: str, name: str, curves: Iterable[str]) -> Sweep:
 
 
 def _info(folder: Path) -> dict[str, Any]:
+    path = folder / "sweep.json"
     try:
-        info = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'sweep.json'} is not JSON: {error}") from error
+        info = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(info, dict):
-        raise UserError(f"{folder / 'sweep.json'} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
+    for name, kind in (("metrics", dict), ("space", list), ("schedule", dict), ("metric", str), ("scheduler", dict)):
+        if info.get(name) is not None and not isinstance(info[name], kind):
+            raise UserError(f"{path} is damaged: {name} is {str(info[name])[:60]!r}")
     return info
 
 

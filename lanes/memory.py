@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 
 import torch
@@ -14,6 +15,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a lack of memory: torch's own, Python's, or the CPU allocator's."""
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # a memory map that found no room
             return True
         text = str(error).lower()
         if isinstance(error, RuntimeError) and any(words in text for words in (*_CPU_WORDS, *_CUDA_WORDS)):

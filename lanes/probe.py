@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lanes.engine import Engine
+from lanes.memory import is_out_of_memory
 from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine, power_of_two
 from trainables.family import Arrays, Family, program_key
@@ -161,7 +162,9 @@ def probe(
         try:
             engine = make_engine(name, lanes, family, program, arrays, device, host_arrays)
             measured, setup = measure(engine, hyper, lanes, seconds)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             measured, setup = 0.0, time.perf_counter() - started
         rows.append(Row(name, lanes, measured, setup))
         if torch.device(device).type == "cuda":
@@ -183,6 +186,8 @@ def probe(
             rate(name, 1)  # lanes take turns: the rate does not depend on their number
         else:
             climb(name, 2, 4 if cuda else 2)
+    if not any(row.rate for row in rows):
+        raise torch.OutOfMemoryError("no engine fits into memory, not even with one lane")
 
     def ahead() -> float:
         """Seconds of training to come at the best rate so far."""

@@ -24,7 +24,7 @@ BESIDES = {"analysis": ("tuning.mirror",)}
 """Room -> single modules it may import as well: how to read sweeps that are in object storage."""
 
 ONLY_IN = {
-    "ray": ("lanes/host.py", "tuning/"),
+    "ray": ("lanes/pool.py", "tuning/"),
     "ray.tune": ("tuning/",),
     "mlflow": ("tuning/tracking.py", "analysis/mlflow_link.py"),
     "optuna": ("tuning/",),
@@ -95,8 +95,8 @@ def test_arrows_point_one_way():
         ("trainables/x/model.py", "import importlib.resources\nimportlib.import_module('ray')"),
         ("trainables/x/model.py", "__import__('ray')"),
         ("lanes/stack.py", "if True:\n    import ray.util"),
-        ("lanes/host.py", "from ray import tune"),
-        ("lanes/host.py", "import ray\nray.tune.Tuner"),
+        ("lanes/pool.py", "from ray import tune"),
+        ("lanes/pool.py", "import ray\nray.tune.Tuner"),
         ("lanes/probe.py", "from tuning.progress import clock"),
         ("lanes/probe.py", "from search_spaces import ci_vit"),
         ("search_spaces/x.py", "import optuna"),
@@ -117,7 +117,7 @@ def test_a_wrong_arrow_is_seen(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("lanes/host.py", "import ray\nfrom lanes.job import Job\nray.get"),
+        ("lanes/pool.py", "import ray\nfrom lanes.job import Job\nray.get"),
         ("tuning/trial.py", "from ray import tune\nfrom lanes.job import Job"),
         ("tuning/tracking.py", "def f():\n    from mlflow import MlflowClient"),
         ("search_spaces/x.py", "from trainables.family import BadValue"),

@@ -275,6 +275,17 @@ def test_a_full_disk_is_told_by_the_journal(tmp_path):
     journal.close()
 
 
+def test_a_read_only_storage_is_one_line_and_changes_nothing(small_disk, capfd):
+    plan = plan_of("grid", storage=small_disk / "sweeps", name="s")
+    write_sweep_json(plan, ROOT)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    told = refused(["--resume", "s"], small_disk / "sweeps", capfd)
+    assert "cannot be written: Read-only file system" in told
+    assert "cannot be written" in refused(["grid", "--name", "new"], small_disk / "sweeps", capfd)
+    assert trouble(plan.folder).startswith("the storage has become read-only")
+    assert [path.name for path in plan.folder.iterdir()] == ["sweep.json"]
+
+
 def test_trouble_told_by_its_error_although_the_folder_is_well_again(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
     full = OSError(28, "No space left on device")

@@ -26,7 +26,12 @@ CPU_ALLOCATOR = RuntimeError(
     "80000000000000 bytes. Error code 12 (Cannot allocate memory)"
 )
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-ERRORS = {"cuda": CUDA, "python": MemoryError(), "cpu allocator": CPU_ALLOCATOR}
+ERRORS = {
+    "cuda": CUDA,
+    "python": MemoryError(),
+    "cpu allocator": CPU_ALLOCATOR,
+    "map": OSError(12, "Cannot allocate memory"),
+}
 
 
 class Strict(Memory):
@@ -166,7 +171,8 @@ def test_a_long_way_into_training_lanes_continue_from_their_checkpoints(host, al
             )
 
 
-def test_what_does_not_fit_alone_ends_as_oom_and_the_others_go_on(host, monkeypatch):
+@pytest.mark.parametrize("engine", ["stacked", "auto"])
+def test_what_does_not_fit_alone_ends_as_oom_and_the_others_go_on(host, monkeypatch, engine):
     step = toy.FAMILY.step
 
     def hungry(program, state, hyper, data):
@@ -175,11 +181,13 @@ def test_what_does_not_fit_alone_ends_as_oom_and_the_others_go_on(host, monkeypa
         return step(program, state, hyper, data)
 
     monkeypatch.setattr(toy, "FAMILY", replace(toy.FAMILY, step=hungry))
-    reports = run_host(host(), [job("big", width=5), job("small", width=3), job("big too", width=5, lr=0.2)])
+    made = host(lanes=8)
+    made.settings = replace(made.settings, engine=engine, lanes=0 if engine == "auto" else 8)
+    reports = run_host(made, [job("big", width=5), job("small", width=3), job("big too", width=5, lr=0.2)])
     for token in ("big", "big too"):
         (report,) = reports[token]
         assert (report.done, report.reason) == (True, "oom")
-        assert "can't allocate memory" in report.error
+        assert ("can't allocate memory" if engine == "stacked" else "not even with one lane") in report.error
     assert [r.epoch for r in reports["small"]] == [1, 3, 9]
 
 

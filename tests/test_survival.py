@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,7 +48,7 @@ def test_crashes_in_a_row_stop_the_sweep_and_retry_failed_runs_them_again(tmp_pa
     errors = sorted((swept.folder / "errors").iterdir())
     assert len(errors) == 5
     assert all("Traceback" in path.read_text() and SECRET not in path.read_text() for path in errors)
-    assert SECRET not in swept.err + (swept.folder / "journal.jsonl").read_text()
+    assert SECRET not in swept.err + swept.log + (swept.folder / "journal.jsonl").read_text()
 
     fault.write_text("oom 5")
     resumed = Process(storage, "star", "--resume", "star", "--retry", "failed", **MISBEHAVING).wait()
@@ -63,18 +62,11 @@ def test_crashes_in_a_row_stop_the_sweep_and_retry_failed_runs_them_again(tmp_pa
     assert set(runs[runs["program.width"] != 5].stop_reason) == {"finished"}
     assert runs[runs["program.width"] != 5].error.isna().all()
     assert any("out of memory" in event["text"] for event in resumed.events("notice"))
-    assert "1 oom" in resumed.out or "oom" in resumed.out
+    assert "out of memory with 2 lanes, going on with 1" in resumed.out
+    assert len(resumed.events("proposed")) == 7, "nothing is proposed twice"
     assert len(list((resumed.folder / "errors").iterdir())) == 1
     expected = [("config", "FAILED")] + [("config", "FINISHED")] * 6 + [("run", "FAILED")] * 2
     assert statuses(resumed.folder) == expected + [("run", "FINISHED")] * 12 + [("sweep", "FINISHED")]
-
-    fault.write_text("")
-    again = Process(storage, "star", "--resume", "star", "--retry", "failed", **MISBEHAVING).wait()
-    assert again.code == 0, again.err
-    assert len(again.events("retry")) == 6
-    assert set(again.runs.stop_reason) == {"finished"}
-    assert len(again.events("proposed")) == 7, "nothing is proposed twice"
-    assert not list((again.folder / "errors").iterdir())
 
 
 def loopback_only(mark: str) -> list[str]:
@@ -97,12 +89,15 @@ def loopback_only(mark: str) -> list[str]:
     return found
 
 
+@pytest.mark.heavy
 def test_doors_a_second_driver_ctrl_c_and_a_stale_lock(tmp_path, undisturbed, capfd):
     """One sweep: what it listens on, who else may run it, one Ctrl-C, and the resume after it."""
     process = Process(tmp_path, "whole", *UNDISTURBED)
     process.when(ended(1))
     assert loopback_only(process._mark) == []
+    os.kill(process._process.pid, signal.SIGSTOP)  # it does not finish meanwhile
     second = sweep(tmp_path, "whole", "--resume", "whole")
+    os.kill(process._process.pid, signal.SIGCONT)
     assert second.code == 2
     assert second.out == ""
     assert len(second.err.splitlines()) == 1
@@ -111,16 +106,14 @@ def test_doors_a_second_driver_ctrl_c_and_a_stale_lock(tmp_path, undisturbed, ca
     swept = process.wait()
     assert swept.code == 130, swept.err
     assert "stopping: checkpoints, then the report" in swept.err
-    assert one_line(swept.err).endswith(
-        "--resume whole --storage " + os.path.relpath(tmp_path)
-    ) or "--resume whole" in (one_line(swept.err))
+    assert "--resume whole" in one_line(swept.err)
     assert swept.journal[-1]["reason"] == "interrupted"
     assert (swept.folder / "report" / "index.html").is_file()
     assert process.left() == []
     open_runs = {key for event in swept.events("proposed") for key in event["runs"].values()}
     done = {event["config_key"] for event in swept.events("end")}
     open_runs -= {k for e in swept.events("proposed") if e["config_key"] in done for k in e["runs"].values()}
-    for key in open_runs:
+    for key in open_runs & set(swept.table("steps").run_key):
         assert list((swept.folder / "checkpoints" / key).glob("*.json")), "what trained was checkpointed"
     assert (swept.folder / "driver.lock").is_file(), "left behind, and held by nobody"
     resumed = sweep(tmp_path, "whole", "--resume", "whole")
@@ -143,22 +136,6 @@ def test_ctrl_c_twice_is_now(tmp_path, undisturbed):
 # --- storage ---
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB, and what to do with it."""
-    if os.geteuid():
-        pytest.skip("not root: a small file system cannot be mounted")
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"this container forbids mounts: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
-
-
 def fill(place: Path) -> Path:
     """Take all the room that is left."""
     block = place / "block"
@@ -174,10 +151,8 @@ def fill(place: Path) -> Path:
     return block
 
 
-@pytest.mark.parametrize(
-    "ground",
-    ["full", pytest.param("read-only", marks=pytest.mark.heavy), pytest.param("gone", marks=pytest.mark.heavy)],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("ground", ["full", "gone"])
 def test_a_storage_that_fails_meanwhile_is_one_line_and_resume_goes_on(tmp_path, small_disk, undisturbed, ground):
     storage = small_disk / "sweeps"
     database = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -186,26 +161,19 @@ def test_a_storage_that_fails_meanwhile_is_one_line_and_resume_goes_on(tmp_path,
     os.kill(process._process.pid, signal.SIGSTOP)
     if ground == "full":
         block = fill(small_disk)
-    elif ground == "read-only":
-        remount = subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], capture_output=True, text=True)
-        if remount.returncode:
-            os.kill(process._process.pid, signal.SIGKILL)
-            pytest.skip(f"files are open for writing: {remount.stderr.strip()}")
     else:
         os.rename(storage / "whole", storage / "elsewhere")
     os.kill(process._process.pid, signal.SIGCONT)
     swept = process.wait()
     assert swept.code == 1, swept.err
     told = one_line(swept.err)
-    expected = {"full": "the storage is full", "read-only": "read-only", "gone": "has vanished"}[ground]
+    expected = {"full": "the storage is full", "gone": "has vanished"}[ground]
     assert told.startswith("the sweep stopped: ")
     assert expected in told
     assert "--resume whole" in told
     assert process.left() == []
     if ground == "full":
         block.unlink()
-    elif ground == "read-only":
-        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     else:
         assert not (storage / "whole").exists(), "nothing is made in its place"
         os.rename(storage / "elsewhere", storage / "whole")
@@ -217,6 +185,7 @@ def test_a_storage_that_fails_meanwhile_is_one_line_and_resume_goes_on(tmp_path,
     assert list(mine.stop_reason) == list(other.stop_reason)
 
 
+@pytest.mark.heavy
 def test_nothing_secret_is_written_anywhere(tmp_path, monkeypatch):
     """Secrets in the command, the environment and the server's address, looked for in every file a sweep leaves."""
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "envtoken-4711")

@@ -11,13 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
+from tuning.exits import run_command
 from tuning.ground import trouble
 from tuning.journal import cut_off
 from tuning.keeping import (
@@ -35,10 +35,8 @@ from tuning.secrets import redact
 from tuning.shared import check_cluster
 from tuning.storage import Bucket, cache_dir, here_for
 from tuning.sweep import SweepPlan, driver_folder, perturbable
+from tuning.uris import check_uri
 from tuning.values import parse_axis, parse_field, replace_axis, split
-
-# typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
-ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
@@ -47,17 +45,7 @@ def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
     app.command(help=f"Search over {sweeps.family}. SWEEP is a named sweep or a notebook's run (see --list).")(
         _command(sweeps)
     )
-    try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
-    except ClickException as error:
-        print(error.format_message().replace("\n", " "), file=sys.stderr)
-        code = 2
-    except typer.Abort:
-        code = 130
-    except BadValue as error:
-        print(str(error), file=sys.stderr)
-        code = 2
-    sys.exit(code or 0)
+    run_command(app, arguments)
 
 
 def _command(sweeps: Sweeps) -> Any:
@@ -118,6 +106,10 @@ def _command(sweeps: Sweeps) -> Any:
             typer.Option(help="with --resume: run configs again that crashed, ran out of memory or diverged"),
         ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
+        placement: Annotated[
+            Literal["spread", "packed"],
+            typer.Option(help="spread configs over all devices, or fill one before the next"),
+        ] = "spread",
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
     ) -> int:
@@ -151,6 +143,7 @@ def _command(sweeps: Sweeps) -> Any:
             tracking_uri=tracking_uri,
             address=address,
             max_concurrent=max_concurrent,
+            placement=placement,
             time_budget=time_budget,
         )
         if plan_:
@@ -189,6 +182,7 @@ def resolve(
     address: str,
     max_concurrent: int,
     time_budget: float,
+    placement: str = "spread",
 ) -> SweepPlan:
     """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
     chosen, family = sweeps.find(sweep), load_family(sweeps.family)
@@ -201,28 +195,33 @@ def resolve(
     for field, text in fixed.items():
         base[field] = text if field == "preset" else parse_field(family, field, text)
         space = space.without(field)
-    _at_least("--seeds", seeds, 1)
-    _at_least("--trials", trials, 1)
-    _at_least("--max-concurrent", max_concurrent, 0)
-    _at_least("--time-budget", time_budget, 0)
+    _within("--seeds", seeds, 1, 9_999)
+    _within("--trials", trials, 1, 10_000_000)
+    _within("--max-concurrent", max_concurrent, 0, 1_000_000)
+    _within("--time-budget", time_budget, 0, 1e9)
     if not 0 <= seed < 200_000:
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
-    if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
+    number = int(lanes) if lanes.isascii() and lanes.isdecimal() and len(lanes) < 7 else 0
+    if lanes not in ("auto", "off") and number < 1:
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched" and not address and not torch.cuda.is_available():
+    if engine == "branched" and not address and not _has_gpu():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
-    if data_dir is not None and not data_dir.is_dir():
-        raise BadValue(f"--data-dir {data_dir} is not a folder")
-    objective = metric or chosen.metric or family.headline
+    if data_dir is not None and not _is_folder(data_dir):
+        raise BadValue(f"--data-dir {str(data_dir)[:200]!r} is not a folder")
+    objective = (chosen.metric or family.headline) if metric is None else metric
     directed = [key for key, m in family.metrics.items() if m.mode != "none"]
     if objective not in directed:
         raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
     place = opened(storage)
-    if tracking_uri and isinstance(place, Bucket):
-        check_tracking_uri(tracking_uri)
+    if tracking_uri is not None:
+        check_uri(tracking_uri, driver_folder(place))
+        if isinstance(place, Bucket):
+            check_tracking_uri(tracking_uri)
+    if name is None:
+        name = f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
-        name=checked_name("--name", name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"),
+        name=checked_name("--name", name),
         family=sweeps.family,
         sweep=chosen.name,
         doc=chosen.doc,
@@ -243,6 +242,7 @@ def resolve(
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
+        placement=placement,
         time_budget=time_budget,
         command=tuple(sys.argv),
     )
@@ -258,7 +258,8 @@ def resolve(
             f"--scheduler pbt has nothing to perturb: {chosen.name} has no axis that sets one of the hypers "
             f"{', '.join(family.hyper_fields)}"
         )
-    plan.reference  # noqa: B018  # contradictions among the fields are told here
+    for point in space.corners():
+        plan.resolve(point)  # contradictions among the fields are told here
     return plan
 
 
@@ -276,9 +277,19 @@ def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, .
     return names
 
 
-def _at_least(flag: str, value: float | None, low: int) -> None:
-    if value is not None and value < low:
+def _within(flag: str, value: float | None, low: int, high: float) -> None:
+    if value is None or low <= value <= high:
+        return
+    if value < low:
         raise BadValue(f"{flag} {value} should be {low} or more")
+    raise BadValue(f"{flag} {value} should be {high:,.0f} or less")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that a file system could have
+        return False
 
 
 def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:
@@ -372,11 +383,11 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     else:
         command = redact(uri)
     page = Path(plan.name, "report", "index.html")
-    lines.add_row("report", _shown(_read_folder(plan) / page))
+    lines.add_row("report", Text(_shown(_read_folder(plan) / page)))
     if plan.bucket:
-        lines.add_row("", f"{plan.bucket}/{page}")
-    lines.add_row("MLflow", command)
-    lines.add_row("resume", _resume_command(plan))
+        lines.add_row("", Text(f"{plan.bucket}/{page}"))
+    lines.add_row("MLflow", Text(command))
+    lines.add_row("resume", Text(_resume_command(plan)))
     console.print()
     console.print(lines, soft_wrap=True)
 
@@ -416,3 +427,9 @@ def print_sweeps(sweeps: Sweeps) -> None:
         mark = " (default)" if sweep.name == sweeps.default else ""
         table.add_row(f"{sweep.name}{mark}", str(sweep.configs or "any"), str(sweep.seeds), f"{steps:,}", Text(what))
     console.print(table)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainables.family import BadValue
+from trainables.family import BadValue, load_family
 from trainables.files import write_atomically
-from tuning.journal import Event, read
+from tuning.journal import Event
+from tuning.journal_check import checked
 from tuning.provenance import git, versions
 from tuning.sweep import SweepPlan, thaw
 
@@ -32,9 +33,10 @@ def code(family: str) -> dict[str, str]:
     """{file: first digits of its SHA-256} of what decides a run: the engines, the searchers, this family."""
     found = [*(ROOT / "lanes").glob("*.py"), *(ROOT / "trainables").glob("*.py")]
     found += [ROOT / "tuning" / f"{name}.py" for name in ("sweep", "searchers", "schedulers", "trial")]
-    module = sys.modules.get(family if "." in family else f"trainables.{family}")
-    if module is not None and module.__file__:
-        own = Path(module.__file__)
+    load_family(family)
+    own_file = sys.modules[family if "." in family else f"trainables.{family}"].__file__
+    if own_file is not None:
+        own = Path(own_file)
         found += own.parent.rglob("*.py") if own.name == "__init__.py" else [own]
     found += (ROOT / "trainables" / "datasets").glob("*.py")
     return {_name(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(found)}
@@ -144,6 +146,6 @@ def differences(plan: SweepPlan, plain: Mapping[str, Any], events: Iterable[Even
 def check(plan: SweepPlan, plain: Mapping[str, Any], cache: Path) -> list[str]:
     """Refuse, with `BadValue`, what cannot be resumed; otherwise what the user should know has changed."""
     check_unchanged(plain.get("data", {}), cache)
-    events = [event for event, _ in read(plan.folder / "journal.jsonl")]
+    events = checked(plan.folder / "journal.jsonl")
     check_meaning(plan, events)
     return differences(plan, plain, events)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuning.parts import Parts
 from tuning.storage import Store, as_store
 
 SCHEMA_VERSION = 1
@@ -38,19 +39,18 @@ class CurveWriter:
 
     Args:
         place: the sweep's folder.
-        writer: a name no other writer of this sweep has or had; part files are `<writer>-<n>.parquet`.
+        writer: a name no other writer of this sweep has or had; part files are named after it (`tuning.parts`).
         schema_metadata: from `metadata`.
     """
 
     def __init__(self, place: Store | Path, writer: str, schema_metadata: Mapping[bytes, bytes]):
-        self._store = as_store(place)
-        self._writer = writer
         self._metadata = dict(schema_metadata)
+        store, kinds = as_store(place), ("steps", "epochs", "covariates")
+        self._parts = {kind: Parts(store, kind, writer, parquet) for kind in kinds}
         self._steps: list[tuple[str, int, dict[str, np.ndarray]]] = []
         self._epochs: list[dict[str, Any]] = []
         self._covariates: list[dict[str, Any]] = []
         self._rows = 0
-        self._parts = 0
         self._flushed = time.monotonic()
 
     def steps(self, run_key: str, first_step: int, curves: Mapping[str, np.ndarray]) -> None:
@@ -83,15 +83,13 @@ class CurveWriter:
         due = time.monotonic() - self._flushed > FLUSH_SECONDS or self._rows > FLUSH_ROWS
         if not (force or due) or not self._rows:
             return
-        self._parts += 1
         for kind, table in (
             ("steps", self._steps_table()),
             ("epochs", self._epochs_table()),
             ("covariates", self._covariates_table()),
         ):
             if table is not None:
-                data = parquet(table.replace_schema_metadata(self._metadata))
-                self._store.write(f"{kind}/{self._writer}-{self._parts:06d}.parquet", data)
+                self._parts[kind].add(table.replace_schema_metadata(self._metadata))
         self._steps, self._epochs, self._covariates = [], [], []
         self._rows, self._flushed = 0, time.monotonic()
 

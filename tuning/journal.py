@@ -1,5 +1,10 @@
 """The sweep's journal: every proposal, report, decision and end, one JSON line each, on disk before it counts.
 
+A proposal is on disk before anybody trains it. What Tune's loop says of one result (report, decision, end) is handed
+to the operating system at once, so that killing the driver loses none of it, and reaches the disk together, before the
+loop goes on: a machine that loses power can cost the end of the journal, never its middle, and --resume hears that
+end again.
+
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
     begin     {versions, git, code, resumed}         a driver takes the sweep up
@@ -31,9 +36,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from trainables.family import BadValue
 from tuning.ground import StorageFailed
 
 Event = dict[str, Any]
+TOGETHER = ("report", "decision", "end")
 
 
 class Journal:
@@ -46,6 +53,7 @@ class Journal:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._lock = threading.Lock()
+        self._unsettled = False
         self._path = path
         _cut_torn_line(path)
         self._file = open(path, "ab")  # noqa: SIM115  # held for the sweep's life
@@ -59,15 +67,26 @@ class Journal:
         return self._wall + timedelta(seconds=self._clock() - self._started)
 
     def write(self, event: str, **fields: Any) -> Event:
-        """Append one event and wait until it is on disk. Returns it."""
+        """Append one event and wait until it is on disk, or, for TOGETHER, until `settle`. Returns it."""
         entry = {"event": event, "time": self.now.isoformat(timespec="milliseconds"), **fields}
         data = (json.dumps(entry, default=_plain) + "\n").encode()
+        with self._writing():
+            self._append(entry, data)
+        return entry
+
+    def settle(self) -> None:
+        """Wait until everything written is on disk."""
+        with self._writing():
+            if self._unsettled:
+                self._sync()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
             with self._lock:
-                self._append(entry, data)
+                yield
         except OSError as error:
             raise StorageFailed(f"{self._place} could not be written ({error.strerror or error})") from error
-        return entry
 
     @property
     def _place(self) -> str:
@@ -76,17 +95,29 @@ class Journal:
     def _append(self, entry: Event, line: bytes) -> None:
         self._file.write(line)
         self._file.flush()
-        os.fsync(self._file.fileno())
         if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
             raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
+        self._unsettled = True
+        if entry.get("event") not in TOGETHER:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unsettled = False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk left in the buffer was never said to be written
+            if self._unsettled:
+                self._sync()
+        with contextlib.suppress(OSError):
             self._file.close()
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """(event, offset after it) of every whole line from byte `offset`; an unfinished last line is left for later."""
+    """(event, offset after it) of every whole line from byte `offset`; an unfinished last line is left for later.
+
+    Raises `BadValue` where a line is no event.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -95,7 +126,20 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield json.loads(line), offset
+            yield _event(path, line, offset), offset
+
+
+def _event(path: Path, line: bytes, end: int) -> Event:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise BadValue(
+            f"{path} is damaged: what ends at byte {end} is no event ({line[:40]!r}); bring back a copy of it, or "
+            "begin a new sweep"
+        )
+    return event
 
 
 def cut_off(path: Path) -> bool:

@@ -25,6 +25,7 @@ WHOLE = ("runs.parquet", "journal.md")
 TRACKING = "tracking.json"
 """How far the delivery to a tracking server got: this machine's own, once it has one."""
 READERS = 16
+ATTEMPTS = 5
 
 
 def names(storage: str | Path) -> list[str]:
@@ -48,16 +49,33 @@ def fetch(storage: str | Path, name: str, curves: Iterable[str] = CURVES) -> Pat
         here = Folder(folder)
         here.write("sweep.json", frozen)
         fetch_journal(sweep, folder / "journal.jsonl")
-        keys = [TRACKING, *(key for kind in curves for key in sweep.names(kind))]
-        wanted = [key for key in keys if not (folder / key).exists()]
-
-        def bring(key: str) -> None:
-            with contextlib.suppress(FileNotFoundError):
-                here.write(key, sweep.read(key))
-
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(bring, [*WHOLE, *sweep.names("errors"), *wanted]))
+        _bring(sweep, here, [*WHOLE, *sweep.names("errors"), *([] if (folder / TRACKING).exists() else [TRACKING])])
+        for kind in curves:
+            _bring_parts(sweep, here, kind)
     return folder
+
+
+def _bring(sweep: Bucket, here: Folder, keys: Iterable[str]) -> bool:
+    """Copy files to this machine. Returns whether all of them were there."""
+
+    def bring(key: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            here.write(key, sweep.read(key))
+            return True
+        return False
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return all(list(pool.map(bring, keys)))
+
+
+def _bring_parts(sweep: Bucket, here: Folder, kind: str) -> None:
+    """A table's part files: those that are new, again where one was merged away meanwhile; then without the merged."""
+    for _ in range(ATTEMPTS):
+        keys = sweep.names(kind)
+        if _bring(sweep, here, [key for key in keys if not (here.path / key).exists()]):
+            break
+    for key in set(here.names(kind)) - set(keys):
+        here.remove(key)
 
 
 def publish(storage: str | Path, name: str, files: Iterable[Path]) -> None:

@@ -6,6 +6,7 @@ by a process of its own (`tuning.sync`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +22,11 @@ from tuning.progress import Progress
 from tuning.runs import RunTable
 from tuning.secrets import redact
 from tuning.sweep import SweepPlan
-from tuning.trial import note_worst
+from tuning.trial import PACKED, note_worst, unpack
 
 TABLE_SECONDS = 5.0
+TABLE_SHARE = 0.02
+"""The most of the driver's time that writing the runs table may take: large tables are written less often."""
 COPIED = ("config_key", "label", "algorithm", "point", "values", "program", "hyper", "runs", "epochs", "parent")
 """What the journal says of a config that PBT made."""
 log = logging.getLogger(__name__)
@@ -33,12 +36,14 @@ class Recorder(Callback):
     """One for a sweep. `on_decision` and `on_exploit` are for the scheduler, `apply` for events that others wrote.
 
     `on_abandon(trial_id)` is told when a trial goes on with another config than the one that was proposed (PBT),
-    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals.
+    `on_storage(line)` when a host could not write, `on_event(event)` of everything this session journals; `on_step` is
+    called again and again while the sweep runs.
     """
 
     on_abandon: Callable[[str], None]
     on_storage: Callable[[str], None] = staticmethod(lambda line: None)
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)
+    on_step: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
@@ -50,7 +55,7 @@ class Recorder(Callback):
         self._config_of: dict[str, str] = {}
         self._modes = {name: metric.mode for name, metric in plan.loaded.metrics.items()}
         self._worst: dict[str, dict[str, float]] = {}  # trial -> the worst it has reported of each metric
-        self._written = time.monotonic()
+        self._write_table_at = time.monotonic() + TABLE_SECONDS
         self.results = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,6 +85,9 @@ class Recorder(Callback):
     # --- Tune's side ---
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if result.get("notice"):
+            self.write("notice", text=result["notice"])
+            self._progress.say(result["notice"])
         reason = result.get("stop_reason")
         if reason == "storage":  # no fault of the config: it has no end, and --resume goes on with it
             self.on_storage(last_line(result["error"]))
@@ -89,15 +97,14 @@ class Recorder(Callback):
             self._last[trial.trial_id] = "STOP"
             return
         self.results += 1
-        if result.get("notice"):
-            self.write("notice", text=result["notice"])
-            self._progress.say(result["notice"])
+        result.update(unpack(result))
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
-        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
+        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device")
         self.write(
             "report",
             **identity,
             **{name: result[name] for name in fields},
+            done=bool(reason),  # not result["done"]: Tune has set that where the scheduler said STOP
             fraction=result["progress"] / self._plan.length,
         )
         worst = self._worst.setdefault(trial.trial_id, dict(trial.config.get("worst", {})))
@@ -106,10 +113,16 @@ class Recorder(Callback):
         decision = "STOP" if result["done"] else self._decisions.pop(trial.trial_id, "CONTINUE")
         exploit = self._exploits.pop(trial.trial_id, None)
         self._last[trial.trial_id] = decision = "EXPLOIT" if exploit else decision
-        copied = {"copy": {name: exploit[name] for name in COPIED}} if exploit else {}
+        copied: dict[str, Any] = {}
+        if exploit:
+            told = {**exploit, "program": json.loads(exploit["program"])}
+            copied = {"copy": {name: told[name] for name in COPIED}}
         self.write("decision", **identity, epoch=result["epoch"], decision=decision, **copied)
         if exploit:
             self._exploited(trial.trial_id, result["epoch"], copied["copy"])
+        # Tune keeps every trial's last result for good: of a report it needs no more than the few numbers beside it
+        for name in (*PACKED, "packed", "config"):
+            result.pop(name, None)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
@@ -132,7 +145,9 @@ class Recorder(Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.draw()
-        if time.monotonic() - self._written > TABLE_SECONDS:
+        self._journal.settle()
+        self.on_step()
+        if time.monotonic() > self._write_table_at:
             self.write_table()
 
     def discard_ended(self) -> None:
@@ -143,9 +158,11 @@ class Recorder(Callback):
 
     def write_table(self) -> None:
         """runs.parquet as of now."""
+        begun = time.monotonic()
         if self._table.rows:
             self._table.write(self._plan.store)
-        self._written = time.monotonic()
+        now = time.monotonic()
+        self._write_table_at = now + max(TABLE_SECONDS, (now - begun) / TABLE_SHARE)
 
     def _discard(self, run: str) -> None:
         """Remove a run's checkpoints; from a bucket beside the driver's loop, which does not wait for it."""
@@ -156,6 +173,8 @@ class Recorder(Callback):
 
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
         key = self._config_of.get(trial.trial_id, trial.config["config_key"])
+        trial.metric_n_steps.clear()  # windows over the results that Tune keeps of every trial, 1.5 KB a number
+        self._worst.pop(trial.trial_id, None)
         line = None
         if error is not None:
             error = redact(error)

@@ -144,15 +144,16 @@ class _Replay:
     def _report(self, event: Event) -> None:
         trial = event["trial"]
         value = event["values"].get(self.plan.metric, float("nan"))
-        self._results[trial] = {"progress": event["progress"], self.plan.metric: value, "done": event["done"]}
+        result = {"progress": event["progress"], self.plan.metric: value, "done": bool(self._reason(event))}
+        self._results[trial] = result
         for seed in event["per_seed"].values():
             note_worst(self.open[trial]["worst"], seed["values"], self._modes)
         self._undecided[trial] = event
 
     def _decision(self, event: Event) -> None:
         trial = event["trial"]
-        report = self._undecided.pop(trial)
-        if not report["done"]:
+        del self._undecided[trial]
+        if not self._results[trial]["done"]:
             self._listener.on_trial_result(None, self.past.trials[trial], self._results[trial])
         self._decided(trial, event)
 
@@ -193,7 +194,7 @@ class _Replay:
         """Take the decisions that are missing, and draw the consequences that are."""
         for trial, report in list(self._undecided.items()):
             decision = "STOP"
-            if not report["done"]:
+            if not self._results[trial]["done"]:
                 decision = self._listener.on_trial_result(None, self.past.trials[trial], self._results[trial])
             fields = {"trial": trial, "config_key": report["config_key"], "epoch": report["epoch"]}
             self._write("decision", **fields, decision=decision)
@@ -204,19 +205,22 @@ class _Replay:
             if decided["decision"] == "EXPLOIT" and copied is None:
                 continue  # of a version that did not say what the copy would be: the config goes on itself
             if trial in self.open:
-                reason = "stopped" if not self._results[trial]["done"] else self._reason(trial)
+                last = next(e for e in reversed(self.past.events) if e["event"] == "report" and e["trial"] == trial)
+                reason = self._reason(last) or "stopped"
                 end = {"trial": trial, "config_key": self.open[trial]["config_key"], "stop_reason": reason}
                 self._consequence("end", **end, epoch=decided["epoch"], error=None)
             if copied is not None:
                 self._consequence("proposed", index=-1, trial=trial, **copied)
         self._following.clear()
 
-    def _reason(self, trial: str) -> str:
-        """Why a config ended whose last report says that it is done."""
-        last = next(e for e in reversed(self.past.events) if e["event"] == "report" and e["trial"] == trial)
-        lost = sum(seed["status"] == "diverged" for seed in last["per_seed"].values())
-        finite = math.isfinite(last["values"].get(self.plan.metric, math.nan))
-        return "diverged" if 2 * lost > len(last["per_seed"]) or not finite else "finished"
+    def _reason(self, report: Event) -> str:
+        """Why a config ended by itself at this report, or "" where it did not. Its `done` does not say that in every
+        journal: Tune sets it, in the result it was given, when the scheduler says STOP."""
+        statuses = [seed["status"] for seed in report["per_seed"].values()]
+        finite = math.isfinite(report["values"].get(self.plan.metric, math.nan))
+        if 2 * statuses.count("diverged") > len(statuses) or not finite:
+            return "diverged"
+        return "" if "training" in statuses else "finished"
 
     def retry(self) -> None:
         """Take back the ends of configs that failed."""

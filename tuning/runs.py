@@ -55,6 +55,7 @@ class RunTable:
         self._modes = {name: metric["mode"] for name, metric in plain["metrics"].items()}
         self.rows: dict[str, dict[str, Any]] = {}
         self.runs_of: dict[str, list[str]] = {}  # trial -> run keys
+        self.of_config: dict[str, list[dict[str, Any]]] = {}  # config key -> its rows
 
     def apply(self, event: Event) -> None:
         kind = event["event"]
@@ -84,8 +85,11 @@ class RunTable:
 
     def _propose(self, event: Event) -> None:
         keys = []
+        rows = self.of_config.setdefault(event["config_key"], [])
         for seed, key in event["runs"].items():
             keys.append(key)
+            if key in self.rows:  # proposed once more (PBT): it begins anew
+                rows.remove(self.rows[key])
             parent, born = event.get("parent", {}).get(seed, (None, None))
             self.rows[key] = {
                 "sweep": self._plain["name"],
@@ -109,6 +113,7 @@ class RunTable:
                 **{f"program.{name}": _flat(value) for name, value in event["program"].items()},
                 **{f"hyper.{name}": _flat(value) for name, value in event["hyper"].items()},
             }
+            rows.append(self.rows[key])
         self.runs_of[event["trial"]] = keys
 
     def _report(self, event: Event) -> None:

@@ -21,6 +21,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from lanes.job import program_name
 from search_spaces.space import Range
 from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan, clamp, perturbable
 
@@ -150,7 +151,7 @@ def descend(
         "algorithm": config.algorithm,
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": config.program,
+        "program": program_name(config.program),
         "hyper": config.hyper,
         "runs": runs,
         "epochs": config.epochs,

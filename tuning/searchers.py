@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from ray.tune.search import Searcher
-from scipy.stats import qmc
 
+from lanes.job import program_name
 from search_spaces.space import Axis, Choice, Point, Range, Space
 from trainables.family import BadValue
 from tuning.journal import Event, Journal
@@ -63,6 +63,8 @@ def random_points(space: Space, seed: int) -> Iterable[Point]:
 
 def quasi_random_points(space: Space, seed: int) -> Iterable[Point]:
     """A scrambled Sobol sequence (Owen scrambling, scipy.stats.qmc): even coverage from the first points on."""
+    from scipy.stats import qmc  # takes a second to import
+
     sobol = qmc.Sobol(max(1, len(space.axes)), scramble=True, rng=seed)
     while True:
         row = sobol.random(1)[0]
@@ -280,6 +282,8 @@ class Proposer(Searcher):
         self._on_resume = on_resume
         self._names: dict[str, str] = {}  # trial id -> the id the source knows it by
         self._last: dict[str, tuple[float, float]] = {}  # trial id -> progress and value of its newest result
+        self._live: set[str] = set()
+        self.limit: float = math.inf  # of configs in flight; may be raised while the sweep runs
 
     @property
     def remaining(self) -> int:
@@ -287,6 +291,14 @@ class Proposer(Searcher):
         return len(self._unfinished) + (0 if self._exhausted else self._plan.budget - self._proposed)
 
     def suggest(self, trial_id: str) -> Any:
+        if self.remaining and len(self._live) >= self.limit:
+            return None
+        config = self._next(trial_id)
+        if config != Searcher.FINISHED:
+            self._live.add(trial_id)
+        return config
+
+    def _next(self, trial_id: str) -> Any:
         if self._unfinished:
             event = self._unfinished.popleft()
             if event["index"] >= 0 and not event.get("heard"):  # what PBT made is nothing the source knows
@@ -331,13 +343,18 @@ class Proposer(Searcher):
             self._source.report(self._names[trial_id], *self._last[trial_id])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._live.discard(trial_id)
+        self._last.pop(trial_id, None)
+        self._tell(trial_id, result, error)
+
+    def _tell(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
         if trial_id in self._names:
             tell_end(self._source, self._names.pop(trial_id), result, error, self.metric)
 
     def abandon(self, trial_id: str) -> None:
         """The trial goes on with another config (PBT): the proposed one counts as stopped where it stood."""
         progress, value = self._last.get(trial_id, (0.0, math.nan))
-        self.on_trial_complete(trial_id, {"progress": progress, self.metric: value})
+        self._tell(trial_id, {"progress": progress, self.metric: value}, error=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: the journal is the searcher's state. Tune pickles its parts for a restore that is never used."""
@@ -378,7 +395,7 @@ def _trial_config(event: Event, config: Config, reported: int) -> dict[str, Any]
         "config_key": event["config_key"],
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": config.program,
+        "program": program_name(config.program),  # one text: Tune copies and flattens what is nested
         "runs": dict(event["runs"]),
         "parent": event.get("parent", {}),
         "epochs": config.epochs,

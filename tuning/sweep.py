@@ -12,8 +12,10 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning.plain import check_plain
 from tuning.secrets import redact, redact_command, tracking_uri
 from tuning.storage import Bucket, Folder, Storage, here_for
+from tuning.uris import check_uri
 
 REDUCTION = 3
 MOST_RUNGS = 3
@@ -72,6 +74,7 @@ class SweepPlan:
     data_dir: Path | None = None
     max_concurrent: int = 0
     time_budget: float = 0.0
+    placement: str = "spread"
     command: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     bucket: str = ""
@@ -235,15 +238,27 @@ class SweepPlan:
         path = f"{place}/sweep.json"
         try:
             plain = json.loads(place.read("sweep.json"))
+            check_plain(plain, folder.name)
             uri = plain["tracking_uri"] if bucket else tracking_uri(folder, plain)
-            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket)
+            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket).checked()
         except FileNotFoundError:
             where = bucket or folder.parent
             raise BadValue(f"there is no sweep '{folder.name}' in {where}: {path} does not exist") from None
         except OSError as error:
             raise BadValue(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+            raise BadValue(f"{path} is damaged ({' '.join(why.split())[:200]}): it cannot be resumed") from error
+
+    def checked(self) -> SweepPlan:
+        """Itself, or `BadValue` where no sweep could be so: what was read from a file is not believed."""
+        if self.metric not in self.loaded.metrics:
+            raise BadValue(f"{self.family} has no metric '{self.metric}'")
+        if self.tracking_uri:  # a sweep in a bucket may have none
+            check_uri(self.tracking_uri, None, f"the tracking URI {redact(self.tracking_uri)!r}")
+        for point in self.space.corners():
+            self.resolve(point)
+        return self
 
 
 def driver_folder(storage: Storage) -> Path:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 LOSSES = 3
 """A config whose host died this often without a report in between is `crashed`: it may be what kills them."""
 WAIT_SECONDS = 5.0
+PACKED = ("values", "spread", "per_seed", "engine", "lanes", "device")
+"""Parts of a result that only the journal reads."""
 
 
 class ConfigTrial(tune.Trainable):
@@ -53,9 +55,8 @@ class ConfigTrial(tune.Trainable):
         self._error, self._reason = "", "crashed"
         token = uuid.uuid4().hex
         runs = {int(seed): key for seed, key in config["runs"].items()}
-        program = json.dumps(config["program"], sort_keys=True)
         node = ray.get_runtime_context().get_node_id()
-        while (placed := ray.get(self._pool.place.remote(token, program, len(runs), node))) is None:
+        while (placed := ray.get(self._pool.place.remote(token, config["program"], len(runs), node))) is None:
             time.sleep(WAIT_SECONDS)  # every device is gone: until one comes back
         self._host, self._device = placed
         job = Job(
@@ -79,10 +80,11 @@ class ConfigTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         report = self._next_report()
         if self._error:
-            return crash(self._error, self._reason, self._epoch, self._config, self._settings)
+            lost = crash(self._error, self._reason, self._epoch, self._config, self._settings)
+            return lost | {"notice": report.notice if report else ""}
         assert report is not None
         self._epoch = report.epoch
-        return summarize(report, self._config, self._settings, self._worst) | {"notice": report.notice}
+        return pack(summarize(report, self._config, self._settings, self._worst)) | {"notice": report.notice}
 
     def _next_report(self) -> Report | None:
         """The next report, from another host where the one before died; None with `_error` set where there is none."""
@@ -153,6 +155,18 @@ def crash(
         "error": error,
         "done": True,
     }
+
+
+def pack(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what is for the journal alone as one text: Tune flattens everything nested, keeps windows over
+    every number of it, and all that of every trial for good."""
+    detail = {name: result[name] for name in PACKED}
+    return {**{name: value for name, value in result.items() if name not in PACKED}, "packed": json.dumps(detail)}
+
+
+def unpack(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `pack` put away."""
+    return json.loads(result["packed"])
 
 
 def summarize(
