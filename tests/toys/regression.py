@@ -13,7 +13,7 @@ import torch
 from torch.func import grad_and_value
 
 from trainables import draws
-from trainables.family import DTYPES, BadValue, Case, Family, Metric, Schedule, dtype_of
+from trainables.family import PRECISIONS, BadValue, Case, Family, Metric, Schedule, dtype_of
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def validate(program):
         raise BadValue(f"optimizer '{program.optimizer}' is not sgd")
     if program.width < 1 or program.epochs < 1 or not 1 <= program.batch <= 32:
         raise BadValue("width and epochs should be 1 or more, batch from 1 to 32")
-    if program.precision not in DTYPES:
-        raise BadValue(f"precision '{program.precision}' is none of {', '.join(DTYPES)}")
+    if program.precision not in PRECISIONS:
+        raise BadValue(f"precision '{program.precision}' is none of {', '.join(PRECISIONS)}")
 
 
 FAMILY = Family(
