@@ -197,7 +197,7 @@ def rung_diagram(table: pd.DataFrame, rungs: Sequence[int], metric: str, unit: s
     ax.grid(False)
     ax.set_xlim(0, None)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=4)
     figure.colorbar(ScalarMappable(norm, cmap), ax=ax).set_label(f"last value of {with_unit(metric, unit)}")
     return figure
 
