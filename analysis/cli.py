@@ -51,6 +51,9 @@ def report(
     metric: Metric = None,
     at: At = "final",
     curve: Annotated[str | None, typer.Option(help="metric of the learning curves", show_default=False)] = None,
+    journal: Annotated[
+        bool, typer.Option("--journal", help="write the journal, too, as a sweep does at its end")
+    ] = False,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write the HTML report with its figures, and log it on the sweep's MLflow run."""
@@ -58,7 +61,14 @@ def report(
 
     made = write_report(storage, name, metric, at, curve)
     print(made.page)
-    log(storage, name, tracking_uri, made.files)
+    files, text = made.files, None
+    if journal:
+        from analysis.journal import write_journal
+
+        path = write_journal(storage, name, metric)
+        print(path)
+        files, text = [*files, path], path.read_text(encoding="utf-8")
+    log(storage, name, tracking_uri, files, text)
 
 
 def log(storage: Path, name: str, uri: str | None, files: list[Path], description: str | None = None) -> None:
@@ -143,7 +153,7 @@ def journal(
     path = write_journal(storage, name, metric)
     text = path.read_text(encoding="utf-8")
     print(text)
-    log(storage, name, tracking_uri, [], text)
+    log(storage, name, tracking_uri, [path], text)
 
 
 @command
@@ -158,7 +168,7 @@ def note(
 
     path = add_note(storage, name, text)
     print(path)
-    log(storage, name, tracking_uri, [], path.read_text(encoding="utf-8"))
+    log(storage, name, tracking_uri, [path], path.read_text(encoding="utf-8"))
 
 
 @command

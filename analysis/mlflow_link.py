@@ -12,6 +12,9 @@ from urllib.parse import urlparse
 from analysis.errors import UserError
 from analysis.store import Sweep
 
+DESCRIPTION = 8000
+"""MLflow's longest tag value, characters."""
+
 PATIENCE = 3.0
 """Seconds to wait for a tracking server to answer; MLflow itself would retry for minutes."""
 
@@ -42,6 +45,8 @@ def log_to_sweep_run(
 ) -> str:
     """Logs files as artifacts under `folder`, and sets the description, on the sweep's MLflow run. Returns its id.
 
+    MLflow cuts a description after 8,000 characters, where a reader's own words stand: runs are left out instead.
+
     The run is the one with the tags `sweep` = the sweep's name and `kind` = `sweep`; the newest of several.
 
     Raises:
@@ -51,10 +56,29 @@ def log_to_sweep_run(
     client = _client(uri)
     run_id = _sweep_run(client, sweep.name, uri)
     if description is not None:
-        client.set_tag(run_id, "mlflow.note.content", description)
+        client.set_tag(run_id, "mlflow.note.content", fitting(description))
     for file in files:
         client.log_artifact(run_id, str(file), folder)
     return run_id
+
+
+def fitting(text: str, limit: int = DESCRIPTION) -> str:
+    """A journal cut to `limit` characters: first the list of runs from its end, then the text's middle."""
+    lines = text.split("\n")
+    left_out = 0
+    end = next((i for i, line in enumerate(lines) if line == "Observations:"), len(lines))
+    listed = [i for i, line in enumerate(lines[:end]) if line.startswith("- ")]
+    size = len(text) + 60
+    while size > limit and len(listed) > 5:
+        size -= len(lines.pop(listed.pop())) + 1
+        left_out += 1
+    if left_out:
+        lines.insert(listed[-1] + 1, f"- ... {left_out} more lines in the artifact report/journal.md")
+    cut = "\n".join(lines)
+    if len(cut) <= limit:
+        return cut
+    half = (limit - 60) // 2
+    return f"{cut[:half]}\n... (all of it: the artifact report/journal.md)\n{cut[-half:]}"
 
 
 def _sweep_run(client: Any, name: str, uri: str) -> str:

@@ -151,8 +151,7 @@ KINDS: dict[str, Kind] = {
         lambda s: interactive.hyper_vs_result(s.table, s.axes, s.metric),
     ),
     "heatmap": Kind(
-        "Mean over seeds of each pair of values, at its best setting of the other axes; ranges are cut into parts, the best "
-        "config of each.",
+        "Mean over seeds of each pair of values, at its best setting of the other axes. Ranges are cut into parts.",
         lambda s: len([a for a in s.axes if s.judged[a].notna().all()]) > 1 and len(s.judged) > 3,
         lambda s: landscapes.heat_map(s.cells, *s.sides, s.metric, s.unit, s.mode),
         lambda s: interactive.heat_map(s.cells, *s.sides, s.mode),

@@ -161,6 +161,15 @@ class Host:
         return placed
 
 
+def described(label: str, device: str) -> str:
+    """A device with its model, for readers who wonder about times: `cuda:0@10.0.0.2 NVIDIA H200`."""
+    if device != "cuda":
+        return label
+    import torch
+
+    return f"{label} {torch.cuda.get_device_name()}"
+
+
 class HostActor:
     """The host behind Ray: calls are queued, a thread of its own trains, reports wake whoever waits for them."""
 
@@ -218,7 +227,7 @@ class HostActor:
                 name, args, done = self._commands.get()
                 try:
                     if host is None:
-                        host = Host(self._settings, self._device, self._label)
+                        host = Host(self._settings, self._device, described(self._label, self._device))
                     getattr(host, name)(*args)
                     self._tell(_settle, done, None)
                 except Exception as error:

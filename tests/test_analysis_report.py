@@ -34,6 +34,7 @@ ALLOWED = {
     "matplotlib",
     "plotly",
     "jinja2",
+    "PIL",
     "typer",
     "rich",
     "mlflow",

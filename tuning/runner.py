@@ -89,9 +89,11 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
                 raise
             begun = time.monotonic()
             progress.phase("writing the report")
-            _report(plan)
+            logged = _report(plan)
             progress.phase("recording in MLflow")
             _finish_sync(plan, sync)
+            if not logged:  # MLflow did not know the sweep yet
+                _report(plan)
             seconds["report and MLflow"] = time.monotonic() - begun
     seconds["whole"] = time.monotonic() - started
     if not quiet:
@@ -353,11 +355,14 @@ def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:
         )
 
 
-def _report(plan: SweepPlan) -> None:
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", str(plan.storage)]
+def _report(plan: SweepPlan) -> bool:
+    """Report and journal, on disk and on the sweep's MLflow run; whether that was told."""
+    command = [sys.executable, "-m", "analysis", "report", plan.name, "--journal", "--storage", str(plan.storage)]
+    command += ["--tracking-uri", plan.tracking_uri]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
     if done.returncode:
         log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))
+    return done.returncode == 0
 
 
 def _environment() -> dict[str, str]:
