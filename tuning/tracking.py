@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tuning.journal import Event, read
+from tuning.mlflow_page import page_tags
 from tuning.runs import RunTable, load_plain
 
 CURVE_POINTS = 1000
@@ -59,6 +60,8 @@ class Tracker:
         self._ids: dict[tuple[str, str], str] = {}  # (kind, key) -> MLflow run id
         self._pending: dict[str, dict[str, list]] = defaultdict(lambda: {"metrics": [], "params": [], "tags": []})
         self._status: dict[str, tuple[str, int]] = {}
+        self._seeds: dict[str, frozenset[str]] = {}  # config -> its runs, as first proposed
+        self._waiting: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}  # (config, epoch) -> run -> its row
         self.finished = False
 
     def connect(self) -> None:
@@ -73,13 +76,21 @@ class Tracker:
             self._experiment = self._client.create_experiment(name, artifact_location=location, tags=kind)
         else:
             self._experiment = experiment.experiment_id
+        for key, value in page_tags(self._plain).items():
+            if experiment is None or experiment.tags.get(key) != value:
+                self._client.set_experiment_tag(self._experiment, key, value)
         self._find_runs()
         self._sweep_run()
         # the table needs the whole past, the delivery only what is new
         for event, offset in read(self._folder / "journal.jsonl"):
             if offset <= self._state["offset"]:
                 self._table.apply(event)
+                self._note_runs(event)
                 self._note_finish(event)
+        for name in self._state["parts"]:  # epochs that some seeds of a config had reached, and others not yet
+            for row in pq.read_table(self._folder / "epochs" / name).to_pylist():
+                if self._shown(row):
+                    self._gather(row)
 
     def deliver(self) -> int:
         """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
@@ -90,6 +101,7 @@ class Tracker:
         offset, sent = self._state["offset"], 0
         for event, after in read(self._folder / "journal.jsonl", offset):
             self._table.apply(event)
+            self._note_runs(event)
             self._event(event)
             self._note_finish(event)
             offset, sent = after, sent + 1
@@ -187,6 +199,10 @@ class Tracker:
 
     # --- events ---
 
+    def _note_runs(self, event: Event) -> None:
+        if event["event"] == "proposed":
+            self._seeds.setdefault(event["config_key"], frozenset(event["runs"].values()))
+
     def _note_finish(self, event: Event) -> None:
         if event["event"] in ("begin", "finish"):
             self.finished = event["event"] == "finish"
@@ -212,7 +228,8 @@ class Tracker:
             self._finish(event, at)
 
     def _propose(self, event: Event, at: int) -> None:
-        params = {**event["program"], **event["hyper"]}
+        arms = {name: value for name, value in event["point"].items() if "." not in name}
+        params = {**arms, **event["program"], **event["hyper"]}
         config = self._run(
             "config",
             event["config_key"],
@@ -244,7 +261,8 @@ class Tracker:
         for key, row in zip(keys, rows, strict=True):
             run = self._ids["run", key]
             self._pending[run]["tags"] += _tags(row, row["stop_reason"])
-            self._metrics(run, _summary(row), at, row["epoch"])
+            spent = {"device_seconds": row["device_seconds"], "epochs": row["epoch"]}  # tags do not sort as numbers
+            self._metrics(run, {**_summary(row), **spent}, at, row["epoch"])
             self._status[run] = (STATUS.get(row["stop_reason"], "KILLED"), at)
         self._describe_config(event["config_key"], event["stop_reason"], at)
 
@@ -261,8 +279,9 @@ class Tracker:
                 values[name] = mean
                 if len(finite) > 1:
                     values[f"{name}_sd"] = math.sqrt(sum((x - mean) ** 2 for x in finite) / (len(finite) - 1))
-        self._metrics(run, values, at, max(row["epoch"] for row in rows))
         total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
+        values |= {"device_seconds": total["device_seconds"], "epochs": float(min(row["epoch"] for row in rows))}
+        self._metrics(run, values, at, max(row["epoch"] for row in rows))
         self._pending[run]["tags"] += _tags(total, reason)
         self._status[run] = (STATUS.get(reason, "KILLED"), at)
 
@@ -302,22 +321,42 @@ class Tracker:
                 self._point(row, logged)
         return read_parts, logged
 
+    def _shown(self, row: dict[str, Any]) -> bool:
+        """Whether a curve of about CURVE_POINTS points has this one."""
+        total = self._table.rows[row["run_key"]]["epochs_total"]
+        return row["epoch"] % -(-total // CURVE_POINTS) == 0 or row["epoch"] == total
+
     def _point(self, row: dict[str, Any], logged: dict[str, int]) -> None:
         key, epoch = row["run_key"], row["epoch"]
-        total = self._table.rows[key]["epochs_total"]
-        stride = -(-total // CURVE_POINTS)
-        done = logged.get(key, self._state["logged"].get(key, 0))
-        if epoch <= done or (epoch % stride and epoch != total):
+        if epoch <= logged.get(key, self._state["logged"].get(key, 0)) or not self._shown(row):
             return
-        at = int(row["time"].timestamp() * 1000)
         values = {name: row[name] for name in self._plain["metrics"] if row.get(name) is not None}
-        self._metrics(self._ids["run", key], values, at, epoch)
+        self._metrics(self._ids["run", key], values, _milliseconds(row), epoch)
         logged[key] = epoch
+        whole = self._gather(row)
+        names = [name for name in self._plain["metrics"] if whole and all(r.get(name) is not None for r in whole)]
+        means = {name: math.fsum(r[name] for r in whole) / len(whole) for name in names}
+        if means:
+            run = self._ids["config", row["config_key"]]
+            self._metrics(run, means, max(map(_milliseconds, whole)), epoch)
+
+    def _gather(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of all seeds of the config at this epoch, once the last of them is here; until then none."""
+        config, place = row["config_key"], (row["config_key"], row["epoch"])
+        if row["run_key"] not in self._seeds[config]:
+            return []
+        rows = self._waiting.setdefault(place, {})
+        rows[row["run_key"]] = row
+        return list(self._waiting.pop(place).values()) if len(rows) == len(self._seeds[config]) else []
 
     def _save(self) -> None:
         scratch = self._path.with_suffix(".tmp")
         scratch.write_text(json.dumps(self._state))
         os.replace(scratch, self._path)
+
+
+def _milliseconds(row: Mapping[str, Any]) -> int:
+    return int(row["time"].timestamp() * 1000)
 
 
 def _summary(row: Mapping[str, Any]) -> dict[str, float | None]:
