@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def log_to_sweep_run(
 def fitting(text: str, limit: int = DESCRIPTION) -> str:
     """A journal cut to `limit` characters: first the list of runs from its end, then the text's middle."""
     lines = text.split("\n")
+    lines[0] = re.sub(r"^# (.*)$", r"**\1**", lines[0])  # MLflow sets a title's lines on top of one another
     left_out = 0
     end = next((i for i, line in enumerate(lines) if line == "Observations:"), len(lines))
     listed = [i for i, line in enumerate(lines[:end]) if line.startswith("- ")]

@@ -1,7 +1,7 @@
 """What MLflow's page of an experiment shows first: tags of the experiment that its web pages read.
 
 A saved view ("Views" on the page of runs) holds filter, order and columns. MLflow keeps it in a tag; a version that
-does not know/mlflow_ui.py` and `tests/test_mlflow_ui.py` look at it in a browser.
+does not know the tag shows its own default. `benchmarks/mlflow_ui.py` looks at it in a browser.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ class Tracker:
             if finite:
                 mean = sum(finite) / len(finite)
                 values[name] = mean
-                if len(finite) > 1:
+                if len(finite) > 1 and name.startswith("final/"):
                     values[f"{name}_sd"] = math.sqrt(sum((x - mean) ** 2 for x in finite) / (len(finite) - 1))
         total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
         values |= {"device_seconds": total["device_seconds"], "epochs": float(min(row["epoch"] for row in rows))}
@@ -288,10 +288,13 @@ class Tracker:
     def _finish(self, event: Event, at: int) -> None:
         sweep = self._ids["sweep", self._plain["name"]]
         metric, mode = self._plain["metric"], self._plain["mode"]
-        values = [row.get(f"final.{metric}") for row in self._table.rows.values()]
-        finite = [value for value in values if value is not None and math.isfinite(value)]
-        if finite:
-            self._metrics(sweep, {f"best/{metric}": max(finite) if mode == "max" else min(finite)}, at, 0)
+        finals: dict[str, list[float]] = defaultdict(list)
+        for row in self._table.rows.values():
+            if row["stop_reason"] == "finished" and math.isfinite(value := row.get(f"final.{metric}", math.nan)):
+                finals[row["config_key"]].append(value)
+        means = [math.fsum(values) / len(values) for values in finals.values()]
+        if means:  # a config's mean: the best of all runs would be the luckiest seed
+            self._metrics(sweep, {f"best/{metric}": max(means) if mode == "max" else min(means)}, at, 0)
         for row in self._table.rows.values():
             if row["stop_reason"] == "cancelled":
                 for run in (self._ids["run", row["run_key"]], self._ids["config", row["config_key"]]):
