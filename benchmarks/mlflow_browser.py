@@ -1,4 +1,4 @@
-"""MLflow's own pages in a headless Chromium: what `benchmarks/mlflow_ui.py` times and `tests/test_mlflow_ui.py` asserts.
+"""MLflow pages in a headless Chromium: what `benchmarks/mlflow_ui.py` times and `tests/test_mlflow_ui.py` asserts.
 
 Needs the Python package `playwright` (in the `dev` extra) and a Chromium of the system's: `apt-get install chromium`.
 """
@@ -20,6 +20,10 @@ from typing import Any
 from urllib.parse import quote
 
 SECONDS = 120.0
+NAMES_SHOWN = """() => [...document.querySelectorAll('[role="row"][row-index]')]
+  .filter(row => row.querySelector('a[href*="/runs/"]'))
+  .sort((a, b) => a.getAttribute('row-index') - b.getAttribute('row-index'))
+  .map(row => row.querySelector('a[href*="/runs/"]').innerText)"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -103,7 +107,8 @@ class Pages:
         return self.page.locator('[role="row"] a[href*="/runs/"]')
 
     def names(self) -> list[str]:
-        return [str(text) for text in self.rows().all_inner_texts()]
+        """Names of the runs from above; the table's elements are not in the order in which they are placed."""
+        return [str(name) for name in self.page.evaluate(NAMES_SHOWN)]
 
     def expand(self, name: str) -> None:
         """Open a run's children."""
@@ -121,8 +126,7 @@ class Pages:
             head.click()
         runs = answered.value.json()["runs"]
         self.page.wait_for_function(
-            """name => { const links = document.querySelectorAll('[role="row"] a[href*="/runs/"]');
-                         return links.length && links[0].innerText == name }""",
+            f"name => ({NAMES_SHOWN})()[0] == name",
             arg=runs[0]["info"]["run_name"],
         )
 
@@ -138,10 +142,9 @@ class Pages:
 
     def charts(self, runs: list[str]) -> None:
         """The chart view of some runs: their curves in common axes."""
-        wanted = " or ".join(f"attributes.run_id = '{run}'" for run in runs)
-        if len(runs) > 1:  # MLflow's filter knows IN, and no OR
-            wanted = f"attributes.run_id IN ({', '.join(repr(run) for run in runs)})"
-        query = f"workflowType=machine_learning&compareRunsMode=CHART&searchFilter={quote(wanted)}"
+        wanted = f"attributes.run_id IN ({', '.join(repr(run) for run in runs)})"
+        order = quote("metrics.`device_seconds`")  # in the default order runs hide below their closed parent
+        query = f"workflowType=machine_learning&compareRunsMode=CHART&searchFilter={quote(wanted)}&orderByKey={order}"
         self.page.goto("about:blank")
         self.page.goto(f"{self._root}/runs?{query}")
 

@@ -1,4 +1,4 @@
-"""A finished sweep of any size without training: made-up curves through the product's own journal, tables and writers."""
+"""A finished sweep of any size without training: made-up curves through the product's own journal and writers."""
 
 from __future__ import annotations
 
