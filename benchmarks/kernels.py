@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
-from lanes.engine import put
+from lanes.engine import Engine, put
+from lanes.job import Job
 from lanes.probe import make_engine
+from lanes.stack import Stack
 from trainables.family import load_family
+from tuning.curves import CurveWriter, metadata
 from tuning.runner import cache_dir
 from tuning.values import parse_field, split
 
@@ -40,12 +45,13 @@ def main(
     program, hyper = loaded.build(values)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    arrays = put(loaded.load(program, data_dir, cache_dir()), device)
+    read = loaded.load(program, data_dir, cache_dir())
+    arrays, host_arrays = put(read, device), put(read, "cpu")
     for choice in engine or ["serial:1", "stacked:8"]:
         name, _, lanes = choice.rpartition(":")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        made = make_engine(name, int(lanes), loaded, program, arrays, device)
+        made = make_engine(name, int(lanes), loaded, program, arrays, device, host_arrays)
         begun = time.perf_counter()
         for i in range(int(lanes)):
             made.insert(f"lane{i}", hyper, i)
@@ -61,6 +67,8 @@ def main(
             made.evaluate(list(made.lanes))
             evaluating += time.perf_counter() - before
         elapsed = time.perf_counter() - begun
+        made.remove(list(made.lanes))
+        stacked = in_stack(made, hyper, int(lanes), seconds)
         row = {
             "family": family,
             "program": values,
@@ -68,6 +76,7 @@ def main(
             "lanes": int(lanes),
             "trial_steps_per_s": done * int(lanes) / (elapsed - evaluating),
             "with_evaluation": done * int(lanes) / elapsed,
+            "in_stack": stacked,
             "setup_s": setup,
             "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -75,7 +84,7 @@ def main(
         }
         print(
             f"{family} {name} x{lanes}: {row['trial_steps_per_s']:.0f} trial-steps/s "
-            f"({row['with_evaluation']:.0f} with evaluation), set-up {setup:.1f} s, "
+            f"({row['with_evaluation']:.0f} with evaluation, {stacked:.0f} in a stack), set-up {setup:.1f} s, "
             f"peak {row['peak_GiB'] or 0:.1f} GiB",
             flush=True,
         )
@@ -86,6 +95,33 @@ def main(
         torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+class Nowhere:
+    """No checkpoints."""
+
+    def save(self, *_: Any) -> None: ...
+
+    def load(self, *_: Any) -> None: ...
+
+
+def in_stack(engine: Engine, hyper: Any, lanes: int, seconds: float) -> float:
+    """Trial-steps a second of a config of `lanes` seeds as a host trains it, curves to Parquet."""
+    values = {**asdict(engine.program), **asdict(hyper)}
+    job = Job(
+        "job", engine.family.name, values, "config", {i: f"run{i}" for i in range(lanes)}, (engine.schedule.epochs,)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CurveWriter(Path(folder), "kernels", metadata("kernels", engine.family.name, {}))
+        stack = Stack(engine.family, engine.program, lambda: (engine, lanes), writer, Nowhere())
+        stack.attach(job)
+        for _ in range(8):
+            stack.tick()
+        first, begun = next(iter(engine.lanes.values())).step, time.perf_counter()
+        while time.perf_counter() - begun < seconds and stack.busy:
+            stack.tick()
+        done = next(iter(engine.lanes.values())).step - first if engine.lanes else engine.schedule.steps - first
+        return done * lanes / (time.perf_counter() - begun)
 
 
 if __name__ == "__main__":

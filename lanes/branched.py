@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, stack_metrics, tree_map
-from lanes.graphs import GraphedSteps
+from lanes.engine import Engine, Lane, compile_lanes, send, stack_metrics, tree_map
+from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
 STREAMS = 16
@@ -30,6 +30,7 @@ class _Slot:
         self.rows: dict[str, Tensor] = {}
         self.stream = stream
         self.graphed: GraphedSteps | None = None
+        self.graphed_sums: dict[tuple, GraphedSums] = {}  # by the shapes of what an evaluation reads
 
 
 class BranchedEngine(Engine):
@@ -44,8 +45,8 @@ class BranchedEngine(Engine):
         self._free: list[_Slot] = []
         self._slot_of: dict[str, _Slot] = {}
         self._names: list[str] = []
-        self._in_place = torch.compile(self._step_in_place, dynamic=False)
-        self._compiled_evaluate = torch.compile(self._evaluate_one, dynamic=False)
+        self._in_place = compile_lanes(self._step_in_place)
+        self._compiled_evaluate = compile_lanes(self._evaluate_one)
 
     def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
         if self._free:
@@ -66,7 +67,7 @@ class BranchedEngine(Engine):
             if not slot.rows:
                 slot.rows = {name: row.to(self.device, copy=True) for name, row in lane_rows.items()}
             for name, row in lane_rows.items():
-                slot.rows[name].copy_(row)
+                slot.rows[name].copy_(send(row, self.device))
             slot.position.fill_(self.lanes[key].step % self.schedule.steps_per_epoch)
 
     def _step_in_place(self, state: State, hyper: Any, rows: Any, position: Tensor) -> Tensor:
@@ -101,24 +102,30 @@ class BranchedEngine(Engine):
         step = lambda: self._in_place(slot.state, slot.hyper, slot.rows, slot.position)
         slot.graphed = GraphedSteps(step, changed, self.schedule.steps_per_epoch, slot.stream)
 
-    def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _evaluate(
+        self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], list[int]]:
         main, totals = torch.cuda.current_stream(), []
-        kept = []  # rows are read on other streams: their memory must not be handed out again before these are done
         for key, lane_rows in zip(keys, rows, strict=True):
             slot = self._slot_of[key]
-            placed = {name: row.to(self.device) for name, row in lane_rows.items()}
-            kept.append(placed)
+            placed = {name: send(row, self.device) for name, row in lane_rows.items()}
+            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(placed.items()))
+            if shapes not in slot.graphed_sums:
+                slot.graphed_sums[shapes] = self._capture_sums(slot, placed)
             slot.stream.wait_stream(main)
+            for row in placed.values():
+                row.record_stream(slot.stream)  # its memory must not be handed out again before that stream has read it
             with torch.cuda.stream(slot.stream):
-                sums = [
-                    self._compiled_evaluate(slot.state, slot.hyper, {name: row[i] for name, row in placed.items()})
-                    for i in range(len(next(iter(placed.values()))))
-                ]
-                totals.append({name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]})
-        for key in keys:
+                totals.append(slot.graphed_sums[shapes].run(placed))
+        for key, total in zip(keys, totals, strict=True):
             main.wait_stream(self._slot_of[key].stream)
-        torch.cuda.synchronize()
-        return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+            for value in total.values():
+                value.record_stream(main)
+        return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}, list(range(len(keys)))
+
+    def _capture_sums(self, slot: _Slot, rows: Mapping[str, Tensor]) -> GraphedSums:
+        evaluate = lambda row: self._compiled_evaluate(slot.state, slot.hyper, row)
+        return GraphedSums(evaluate, rows, 0, slot.stream)
 
     def state(self, key: str) -> State:
         return tree_map(torch.clone, self._slot_of[key].state)

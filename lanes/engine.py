@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,73 @@ from trainables.draws import counter
 from trainables.family import Arrays, Family, Hypers, State, hyper_tensors
 
 Curves = dict[str, np.ndarray]
+
+
+class Fetch:
+    """Tensors on their way to the host; the device may go on with other work meanwhile.
+
+    Args:
+        tensors: {name: tensor on the device}. What is done on the device after this is not seen.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._done: torch.cuda.Event | None = None
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._tensors = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in self._tensors.items()
+            }
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> dict[str, np.ndarray]:
+        """The values, once they are here."""
+        if self._done is not None:
+            self._done.synchronize()
+        return {name: tensor.cpu().numpy() for name, tensor in self._tensors.items()}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Steps that the device has been told to do: `wait` gives {metric: float64 [steps, lanes]}, lanes as in `keys`."""
+
+    keys: tuple[str, ...]
+    steps: int
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
+    values: Fetch
+
+    def wait(self) -> Curves:
+        values = self.values.wait()["curves"].astype(np.float64)[:, :, list(self.columns)]
+        return {name: values[:, i] for i, name in enumerate(self.names)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluations under way: `wait` gives {key: {metric: mean}}."""
+
+    keys: tuple[str, ...]
+    groups: tuple[tuple[tuple[str, ...], tuple[int, ...], Fetch], ...]
+
+    def wait(self) -> dict[str, dict[str, float]]:
+        means: dict[str, dict[str, float]] = {}
+        for keys, columns, sums in self.groups:
+            totals = {name: values.astype(np.float64)[list(columns)] for name, values in sums.wait().items()}
+            counts = totals.pop("count")
+            for i, key in enumerate(keys):
+                means[key] = {name: float(values[i] / counts[i]) for name, values in totals.items()}
+        return {key: means[key] for key in self.keys}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Covariates under way: `wait` gives {key: {name: array}}."""
+
+    fetches: Mapping[str, Fetch]
+
+    def wait(self) -> dict[str, dict[str, np.ndarray]]:
+        return {key: fetch.wait() for key, fetch in self.fetches.items()}
 
 
 @dataclass
@@ -42,20 +109,32 @@ class Engine(ABC):
         family, program: what a lane computes.
         arrays: the program's data, already on `device`.
         device: where states live.
+        host_arrays: the same data on the host, where what an epoch reads is worked out; on the device without them.
     """
 
     name: str
 
-    def __init__(self, family: Family, program: Any, arrays: Arrays, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        family: Family,
+        program: Any,
+        arrays: Arrays,
+        device: torch.device | str = "cpu",
+        host_arrays: Arrays | None = None,
+    ):
         self.family = family
         self.program = program
         self.arrays = arrays
+        self.host_arrays = arrays if host_arrays is None else host_arrays
         self.device = torch.device(device)
         self.schedule = family.schedule(program)
         self.lanes: dict[str, Lane] = {}
-        # on a GPU, what the next epoch and its test read is worked out while the device trains
+        # on a GPU, what the next epoch and its test read is worked out while the device trains, and on the host: on
+        # the device it would queue behind the training that it is meant to be ready for
         self._ahead = ThreadPoolExecutor(1, "orders") if self.device.type == "cuda" else None
         self._orders: dict[tuple[str, str, int], Future] = {}  # (lane, "order" or "test_order", epoch)
+        self.runs_ahead = self.device.type == "cuda"  # `launch` comes back before the work is done
+        self.setup_seconds = 0.0  # compiling and capturing so far
 
     # --- what an engine implements ---
 
@@ -73,12 +152,18 @@ class Engine(ABC):
 
     @abstractmethod
     def _advance(self, steps: int) -> tuple[list[str], Tensor]:
-        """Do `steps` updates of every lane. Returns metrics' names and values [steps, metrics, lanes], lanes in the
-        order of `self.lanes`."""
+        """Do `steps` updates of every lane. Returns metrics' names and values [steps, metrics, columns], see
+        `_columns`."""
 
     @abstractmethod
-    def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Sums of `family.evaluate` over the test batches, {metric: [len(keys)]}."""
+    def _evaluate(
+        self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Sums of `family.evaluate` over the test batches, {metric: [columns]}, and the column of each key."""
+
+    def _columns(self) -> list[int]:
+        """The column of each lane of `self.lanes` in what `_advance` returns."""
+        return list(range(len(self.lanes)))
 
     @abstractmethod
     def state(self, key: str) -> State:
@@ -114,31 +199,41 @@ class Engine(ABC):
         for wanted in [wanted for wanted in self._orders if wanted[0] in gone]:
             del self._orders[wanted]
 
+    @property
+    def spare(self) -> int:
+        """Slots that cost the device as much as a lane and hold none."""
+        return 0
+
+    def compact(self) -> None:  # noqa: B027  engines without spare slots have nothing to do
+        """Give up spare slots."""
+
     def until_epoch_end(self) -> int:
         """Steps that every lane can still do before the first of them ends its epoch."""
         steps = self.schedule.steps_per_epoch
         return min(steps - lane.step % steps for lane in self.lanes.values())
 
-    def advance(self, steps: int) -> Curves:
-        """Train every lane for `steps` updates, at most `until_epoch_end()`.
-
-        Returns {metric: float64 array [steps, lanes]}, lanes in the order of `self.lanes`.
-        """
+    def launch(self, steps: int) -> Chunk:
+        """Tell the device to train every lane for `steps` updates, at most `until_epoch_end()`. On a GPU this comes
+        back long before they are done, and more may be launched behind them."""
         if steps > self.until_epoch_end():
             raise ValueError(f"{steps} steps would cross the end of an epoch")
         with autocast(self.program, self.device):
             names, values = self._advance(steps)
-        curves = values.detach().to("cpu", torch.float64).numpy()
+        chunk = Chunk(tuple(self.lanes), steps, tuple(names), tuple(self._columns()), Fetch({"curves": values}))
         ended = []
         for lane in self.lanes.values():
             lane.step += steps
             if lane.step % self.schedule.steps_per_epoch == 0 and lane.step < self.schedule.steps:
                 ended.append(lane)
         self._refresh_orders(ended)
-        return {name: curves[:, i] for i, name in enumerate(names)}
+        return chunk
 
-    def evaluate(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Evaluate lanes that have just ended an epoch, on that epoch's test batches. {key: {metric: mean}}.
+    def advance(self, steps: int) -> Curves:
+        """`launch`, and wait: {metric: float64 array [steps, lanes]}, lanes in the order of `self.lanes`."""
+        return self.launch(steps).wait()
+
+    def launch_evaluation(self, keys: Sequence[str]) -> Evaluation:
+        """Evaluate lanes that have just ended an epoch, on that epoch's test batches.
 
         `test_order` may give one epoch more than another (the test set itself at the last one, say): lanes whose rows
         have equal names and shapes are evaluated together.
@@ -150,27 +245,28 @@ class Engine(ABC):
             rows = self._order("test_order", lane, epoch)
             shapes = tuple((name, tuple(row.shape)) for name, row in sorted(rows.items()))
             alike.setdefault(shapes, []).append((key, rows))
-        means: dict[str, dict[str, float]] = {}
+        groups = []
         for group in alike.values():
-            together = [key for key, _ in group]
+            together = tuple(key for key, _ in group)
             with torch.no_grad(), autocast(self.program, self.device):
-                sums = self._evaluate(together, [rows for _, rows in group])
-            totals = {name: values.detach().to("cpu", torch.float64).numpy() for name, values in sums.items()}
-            counts = totals.pop("count")
-            for i, key in enumerate(together):
-                means[key] = {name: float(values[i] / counts[i]) for name, values in totals.items()}
-        return {key: means[key] for key in keys}
+                sums, columns = self._evaluate(together, [rows for _, rows in group])
+            groups.append((together, tuple(columns), Fetch(sums)))
+        return Evaluation(tuple(keys), tuple(groups))
+
+    def evaluate(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
+        """`launch_evaluation`, and wait: {key: {metric: mean}}."""
+        return self.launch_evaluation(keys).wait()
+
+    def launch_inspection(self, keys: Sequence[str]) -> Inspection:
+        """Read the family's covariates off each lane's present state."""
+        with torch.no_grad():
+            return Inspection(
+                {key: Fetch(self.family.inspect(self.program, self.state(key), self.hypers(key))) for key in keys}
+            )
 
     def inspect(self, keys: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-        """The family's covariates of each lane's present state, {key: {name: array}}."""
-        with torch.no_grad():
-            return {
-                key: {
-                    name: value.detach().cpu().numpy()
-                    for name, value in self.family.inspect(self.program, self.state(key), self.hypers(key)).items()
-                }
-                for key in keys
-            }
+        """`launch_inspection`, and wait: {key: {name: array}}."""
+        return self.launch_inspection(keys).wait()
 
     def _refresh_orders(self, lanes: Sequence[Lane]) -> None:
         """Hand lanes at the start of an epoch its order, and have what comes after it worked out ahead."""
@@ -189,12 +285,12 @@ class Engine(ABC):
         future = self._orders.pop((lane.key, kind, epoch), None)
         if future is not None:
             return future.result()
-        return getattr(self.family, kind)(self.program, self.arrays, lane.seed, epoch)
+        return getattr(self.family, kind)(self.program, self.host_arrays, lane.seed, epoch)
 
     def _order_ahead(self, kind: str, lane: Lane, epoch: int) -> None:
         assert self._ahead is not None
         make = getattr(self.family, kind)
-        self._orders[lane.key, kind, epoch] = self._ahead.submit(make, self.program, self.arrays, lane.seed, epoch)
+        self._orders[lane.key, kind, epoch] = self._ahead.submit(make, self.program, self.host_arrays, lane.seed, epoch)
 
     def _step_one(self, state: State, hyper: Hypers, row: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
         """One update of one lane: gather its batch, then the family's step."""
@@ -218,6 +314,25 @@ def stack_metrics(values: Sequence[Tensor], dim: int = 0) -> Tensor:
         if value.dtype.is_floating_point:
             kind = torch.promote_types(kind, value.dtype)
     return torch.stack([value.to(kind) for value in values], dim=dim)
+
+
+def compile_lanes(function: Callable, **options: Any) -> Callable:
+    """torch.compile for engines.
+
+    Programs and lane counts share the engine's code, and every one of them is a compilation of its own: at dynamo's
+    usual limit of 8 the ninth would run uncompiled without a word.
+    """
+    torch._dynamo.config.recompile_limit = 4096
+    torch._dynamo.config.accumulated_recompile_limit = 65536
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, **options)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for the work before it: an ordinary copy to a GPU would."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def put(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:

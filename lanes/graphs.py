@@ -1,8 +1,8 @@
-"""CUDA graphs of a step that works in place: captured for one step and for several, replayed as often as needed."""
+"""CUDA graphs: of a step that works in place, captured for one step and for several; and of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,3 +67,52 @@ class GraphedSteps:
             self._pool = self._pool or graph.pool()
             self._graphs[length] = graph, out
         return self._graphs[length]
+
+
+class GraphedSums:
+    """An evaluation as graph launches: sums over batches, one replay a batch.
+
+    Args:
+        evaluate: sums of one batch, {metric: tensor}, given one batch's rows; reads states that never move.
+        rows: as they will be given to `run`, [..., batches, ...]: shapes and types are taken from here.
+        dim: the dimension that counts batches.
+        stream: see `GraphedSteps`.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        rows: Mapping[str, Tensor],
+        dim: int,
+        stream: torch.cuda.Stream | None = None,
+    ):
+        self._rows = {name: row.clone() for name, row in rows.items()}
+        self._batches = next(iter(rows.values())).shape[dim]
+        self._position = torch.zeros(1, dtype=torch.int64, device=next(iter(rows.values())).device)
+
+        def sums() -> dict[str, Tensor]:
+            return evaluate({name: r.index_select(dim, self._position).squeeze(dim) for name, r in self._rows.items()})
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                first = sums()
+        torch.cuda.current_stream().wait_stream(side)
+        self._totals = {name: torch.zeros_like(value) for name, value in first.items()}
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            for name, value in sums().items():
+                self._totals[name].add_(value)
+            self._position.add_(1)
+
+    def run(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all batches, not waited for."""
+        for name, buffer in self._rows.items():
+            buffer.copy_(rows[name])
+        for tensor in (self._position, *self._totals.values()):
+            tensor.zero_()
+        for _ in range(self._batches):
+            self._graph.replay()
+        return {name: total.clone() for name, total in self._totals.items()}

@@ -123,10 +123,12 @@ class Host:
         return [replace(report, device=self.label) for report in reports]
 
     def _make_engine(self, family: Any, program: Any, hyper: Any) -> tuple[Any, int]:
+        from lanes.engine import put
         from lanes.probe import make_engine, probe, resolve_engine
         from trainables.family import program_key
 
-        arrays = self._put(family.load(program, self.settings.data_dir, self.settings.cache_dir))
+        loaded = family.load(program, self.settings.data_dir, self.settings.cache_dir)
+        arrays, host_arrays = self._put(loaded), put(loaded, "cpu")
         name, lanes = resolve_engine(self.settings.engine, self.device), self.settings.lanes
         if name == "auto" or not lanes:
             choice = probe(
@@ -135,6 +137,7 @@ class Host:
                 hyper,
                 arrays,
                 self.device,
+                host_arrays,
                 wanted=self.settings.lanes or self.settings.wanted,
                 expected_steps=self.settings.expected_steps,
                 engines=None if name == "auto" else (name,),
@@ -142,7 +145,7 @@ class Host:
             )
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
-        return make_engine(name, lanes, family, program, arrays, self.device), lanes
+        return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """On the device, once for all programs that read the same memory-mapped file."""

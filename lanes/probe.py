@@ -22,6 +22,7 @@ from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine, power_of_two
 from trainables.family import Arrays, Family, program_key
 
+MOST_AT_ONCE = 16  # steps of one launch while measuring on a GPU
 KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
 COMPILE_PAYS_AFTER = 600.0  # seconds of training ahead, below which compiling on a CPU (20-70 s a program) cannot pay
 COMPILE_PAYS_AFTER_ON_GPU = 60.0  # a GPU gains tenfold and more from it
@@ -31,17 +32,24 @@ ENGINES = ("serial", "stacked", "stacked, compiled", "branched")
 
 
 def make_engine(
-    name: str, lanes: int, family: Family, program: Any, arrays: Arrays, device: torch.device | str
+    name: str,
+    lanes: int,
+    family: Family,
+    program: Any,
+    arrays: Arrays,
+    device: torch.device | str,
+    host_arrays: Arrays | None = None,
 ) -> Engine:
-    """The engine called `name`, for about `lanes` lanes."""
+    """The engine called `name`, for about `lanes` lanes. `host_arrays`: see `lanes.engine.Engine`."""
+    what = family, program, arrays, device, host_arrays
     if name == "serial":
-        return SerialEngine(family, program, arrays, device)
+        return SerialEngine(*what)
     if name == "branched":
         from lanes.branched import BranchedEngine
 
-        return BranchedEngine(family, program, arrays, device)
+        return BranchedEngine(*what)
     compiled = name == "stacked, compiled"
-    return StackedEngine(family, program, arrays, device, compiled=compiled, slots=lanes if compiled else 1)
+    return StackedEngine(*what, compiled=compiled, slots=lanes if compiled else 1)
 
 
 def resolve_engine(name: str, device: torch.device | str) -> str:
@@ -84,11 +92,13 @@ def measure(engine: Engine, hyper: Any, lanes: int, seconds: float) -> tuple[flo
     started = time.perf_counter()
     for i, key in enumerate(keys):
         engine.insert(key, hyper, i)
-    _train(engine, 1)
+    # a GPU trains an epoch at a time in a sweep, and is far slower when asked for one step at a time
+    chunk = min(engine.until_epoch_end(), MOST_AT_ONCE) if engine.runs_ahead else 1
+    _train(engine, chunk)
     setup = time.perf_counter() - started
     started, steps = time.perf_counter(), 0
     while steps < 2 or time.perf_counter() - started < seconds:
-        steps += _train(engine, 1)
+        steps += _train(engine, chunk)
     rate = steps * lanes / (time.perf_counter() - started)
     engine.remove(keys)
     return rate, setup
@@ -101,6 +111,7 @@ def _train(engine: Engine, steps: int) -> int:
         engine.remove([key for key, _, _ in lanes])
         for key, hyper, seed in lanes:
             engine.insert(key, hyper, seed)
+    steps = min(steps, engine.until_epoch_end())
     engine.advance(steps)
     return steps
 
@@ -111,6 +122,7 @@ def probe(
     hyper: Any,
     arrays: Arrays,
     device: torch.device | str,
+    host_arrays: Arrays | None = None,
     *,
     wanted: int,
     expected_steps: float = 0.0,
@@ -147,7 +159,7 @@ def probe(
         """Measure one row; out of memory counts as a rate of 0."""
         started = time.perf_counter()
         try:
-            engine = make_engine(name, lanes, family, program, arrays, device)
+            engine = make_engine(name, lanes, family, program, arrays, device, host_arrays)
             measured, setup = measure(engine, hyper, lanes, seconds)
         except torch.OutOfMemoryError:
             measured, setup = 0.0, time.perf_counter() - started
@@ -171,11 +183,17 @@ def probe(
             rate(name, 1)  # lanes take turns: the rate does not depend on their number
         else:
             climb(name, 2, 4 if cuda else 2)
-    ahead = expected_steps / max(row.rate for row in rows)
-    if engines is None and cuda and ahead > COMPILE_PAYS_AFTER_ON_GPU:
-        # branched is left to --engine branched: not every family has passed the law of lanes with it on a GPU
-        climb("stacked, compiled", min(32, power_of_two(wanted)), 4)  # compiled for each number of lanes
-    elif engines is None and not cuda and ahead > COMPILE_PAYS_AFTER:
+
+    def ahead() -> float:
+        """Seconds of training to come at the best rate so far."""
+        return expected_steps / max(row.rate for row in rows)
+
+    if engines is None and cuda:
+        if ahead() > COMPILE_PAYS_AFTER_ON_GPU:
+            climb("stacked, compiled", min(32, power_of_two(wanted)), 4)  # compiled for each number of lanes
+        if ahead() > COMPILE_PAYS_AFTER_ON_GPU:
+            climb("branched", min(8, power_of_two(wanted)), 4)  # compiled once, captured for each lane
+    elif engines is None and ahead() > COMPILE_PAYS_AFTER:
         rate("stacked, compiled", max(2, max(rows, key=lambda r: r.rate).lanes))
     fastest = max(rows, key=lambda r: r.rate)
     lanes = wanted if fastest.engine == "serial" else fastest.lanes

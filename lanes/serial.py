@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, stack_metrics, tree_map
+from lanes.engine import Engine, Lane, send, stack_metrics, tree_map
 from trainables.family import Hypers, State
 
 
@@ -31,7 +31,7 @@ class SerialEngine(Engine):
 
     def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         for key, lane_rows in rows.items():
-            self._rows[key] = {name: row.to(self.device) for name, row in lane_rows.items()}
+            self._rows[key] = {name: send(row, self.device) for name, row in lane_rows.items()}
 
     def _advance(self, steps: int) -> tuple[list[str], Tensor]:
         curves = [self._advance_lane(lane, steps) for lane in self.lanes.values()]
@@ -48,7 +48,9 @@ class SerialEngine(Engine):
         self._states[lane.key] = state
         return {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}
 
-    def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _evaluate(
+        self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], list[int]]:
         totals = []
         for key, lane_rows in zip(keys, rows, strict=True):
             batches = len(next(iter(lane_rows.values())))
@@ -56,12 +58,12 @@ class SerialEngine(Engine):
                 self._evaluate_one(
                     self._states[key],
                     self._hypers[key],
-                    {name: row[i].to(self.device) for name, row in lane_rows.items()},
+                    {name: send(row[i], self.device) for name, row in lane_rows.items()},
                 )
                 for i in range(batches)
             ]
             totals.append({name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]})
-        return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+        return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}, list(range(len(keys)))
 
     def state(self, key: str) -> State:
         return tree_map(torch.clone, self._states[key])

@@ -8,18 +8,23 @@ that a run never trains past a decision that might stop it. Parked and waiting r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from lanes.engine import Engine
+from lanes.engine import Chunk, Engine, Evaluation, Inspection
 from lanes.job import Job, Report, SeedReport
 from trainables.family import Family, State
 
 CHUNK_SECONDS = 0.5
 """About how long a stack trains before it looks up: admits lanes, lets another program have the device."""
+COMPACTION_PAYS = 4.0
+"""A half-empty stack is made smaller when the training ahead is this many times as long as compiling took."""
+
+COMPACTION_PATIENCE = 60.0
+"""Seconds a stack must have been half empty: configs come and go in between."""
 
 
 class Recorder(Protocol):
@@ -58,8 +63,25 @@ class Run:
     state: State | None = None
 
 
+@dataclass(frozen=True)
+class Flight:
+    """Work the device has been given, and what is to be read when it is done.
+
+    `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs.
+    """
+
+    chunk: Chunk
+    trained: Mapping[str, Run]
+    ended: tuple[str, ...]
+    tests: Evaluation | None
+    covariates: Inspection | None
+
+
 class Stack:
     """Lanes of one program.
+
+    On a GPU the next chunk is launched before the one before it is read, so that the device does not wait for the
+    bookkeeping: unless a run stops, leaves or comes in between, which must find the device at that very step.
 
     Args:
         family, program: what they compute.
@@ -93,13 +115,16 @@ class Stack:
         self._told: set[str] = set()  # tokens that were told of a report and have not said `proceed`
         self._waiting: list[Run] = []
         self._training: dict[str, Run] = {}  # lane key -> run
+        self._flight: Flight | None = None
+        self._landed = False  # a flight was taken down between two ticks: there may be reports to make
+        self._half_empty_since: float | None = None
         self._step_seconds = 0.0
         self._last_checkpoint = clock()
         self._directed = [name for name, metric in family.metrics.items() if metric.mode != "none"]
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._training)
+        return bool(self._waiting or self._training or self._landed)
 
     @property
     def lanes(self) -> int:
@@ -143,6 +168,7 @@ class Stack:
     def release(self, token: str) -> None:
         """Let a config go, at once. Unknown tokens (released before) are fine."""
         self._told.discard(token)
+        self._land()
         for run in self._runs.pop(token, ()):
             lane = _lane_key(run)
             if self._training.pop(lane, None):
@@ -152,31 +178,31 @@ class Stack:
 
     def save(self, token: str) -> None:
         """Checkpoint a config's runs now."""
+        self._land()
         for run in self._runs.get(token, ()):
             self._checkpoint(run)
 
     def tick(self) -> list[Report]:
         """Admit who waits, train about CHUNK_SECONDS, evaluate who ended an epoch. Returns the reports now complete."""
-        self._admit()
-        if not self._training:
-            return self._complete_reports()
-        engine = self._need_engine()
-        steps = engine.until_epoch_end()
-        affordable = int(CHUNK_SECONDS / self._step_seconds) if self._step_seconds else 4
-        steps = max(1, min(steps, affordable))
         started = self._clock()
-        curves = engine.advance(steps)
-        for column, lane in enumerate(list(engine.lanes)):
-            self._record_steps(self._training[lane], steps, {name: v[:, column] for name, v in curves.items()})
-        trained = list(self._training.values())
-        self._drop_diverged()
-        self._end_epochs()
+        self._landed = False
+        if self._flight is None:
+            self._admit()
+            if not self._training:
+                return self._complete_reports()
+            if self._compaction_due():
+                self._need_engine().compact()
+                self._half_empty_since = None
+            self._flight = self._launch()
+        flight = self._flight
+        self._flight = self._launch() if self._may_run_ahead(flight) else None
+        self._read(flight)
         elapsed = self._clock() - started
-        self._step_seconds = elapsed / steps
-        for run in trained:
-            run.device_seconds += elapsed / len(trained)
-            run.lanes = len(trained)
-        if self._clock() - self._last_checkpoint > self.checkpoint_seconds:
+        self._step_seconds = elapsed / flight.chunk.steps
+        for run in flight.trained.values():
+            run.device_seconds += elapsed / len(flight.trained)
+            run.lanes = len(flight.trained)
+        if self._flight is None and self._checkpoint_due():
             self.recorder.flush(force=True)
             for run in self._training.values():
                 self._checkpoint(run)
@@ -208,11 +234,73 @@ class Stack:
             run.status = "training"
             self._training[_lane_key(run)] = run
 
-    def _record_steps(self, run: Run, steps: int, curves: dict[str, np.ndarray]) -> None:
-        bad = np.zeros(steps, bool)
+    def _compaction_due(self) -> bool:
+        """Whether the stack has stayed half empty, and what is left to train repays compiling a smaller one."""
+        engine = self._need_engine()
+        wanted = sum(run.status in ("waiting", "training", "parked") for runs in self._runs.values() for run in runs)
+        if 2 * wanted > len(self._training) + engine.spare:
+            self._half_empty_since = None
+            return False
+        if self._half_empty_since is None:
+            self._half_empty_since = self._clock()
+        ahead = self._step_seconds * max(self.schedule.steps - run.step for run in self._training.values())
+        patient = self._clock() - self._half_empty_since >= COMPACTION_PATIENCE
+        return patient and ahead > COMPACTION_PAYS * engine.setup_seconds
+
+    def _launch(self) -> Flight:
+        """Give the device its next chunk, and the evaluation of the lanes that end an epoch with it."""
+        engine = self._need_engine()
+        affordable = int(CHUNK_SECONDS / self._step_seconds) if self._step_seconds else 4
+        steps = max(1, min(engine.until_epoch_end(), affordable))
+        chunk = engine.launch(steps)
+        ended = tuple(lane for lane in self._training if engine.lanes[lane].step % self.schedule.steps_per_epoch == 0)
+        watched = [lane for lane in ended if self._training[lane].job.covariates]
+        tests = engine.launch_evaluation(ended) if ended else None
+        covariates = engine.launch_inspection(watched) if watched else None
+        return Flight(chunk, dict(self._training), ended, tests, covariates)
+
+    def _may_run_ahead(self, flight: Flight) -> bool:
+        """Whether the chunk after `flight` can be launched before `flight` is read."""
+        engine = self._need_engine()
+        if not engine.runs_ahead or not self._training or self._checkpoint_due() or self._compaction_due():
+            return False
+        if flight.ended and self._waiting and len(self._training) < self._max_lanes:
+            return False
+        ended = [lane for lane in flight.ended if lane in self._training]
+        epochs = {lane: engine.lanes[lane].step // self.schedule.steps_per_epoch for lane in ended}
+        return not any(epoch in self._training[lane].job.reports for lane, epoch in epochs.items())
+
+    def _read(self, flight: Flight) -> None:
+        """Record what a flight brought; lanes that have diverged or end at a report leave."""
+        self._record_steps(flight)
+        self._drop_diverged()
+        if flight.ended:
+            assert flight.tests is not None
+            covariates = flight.covariates.wait() if flight.covariates else {}
+            self._end_epochs(flight.ended, flight.tests.wait(), covariates)
+
+    def _land(self) -> None:
+        """Read what is under way, so that the states on the device are those of the runs' steps."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._landed = True
+            self._read(flight)
+
+    def _checkpoint_due(self) -> bool:
+        return self._clock() - self._last_checkpoint > self.checkpoint_seconds
+
+    def _record_steps(self, flight: Flight) -> None:
+        curves = flight.chunk.wait()
+        bad = np.zeros((flight.chunk.steps, len(flight.chunk.keys)), bool)
         for name in self._directed:
             if name in curves:
                 bad |= ~np.isfinite(curves[name])
+        for column, lane in enumerate(flight.chunk.keys):
+            if lane in self._training:  # else it diverged in the flight before
+                self._record_lane(self._training[lane], bad[:, column], {n: v[:, column] for n, v in curves.items()})
+
+    def _record_lane(self, run: Run, bad: np.ndarray, curves: dict[str, np.ndarray]) -> None:
+        """A run's steps up to the first bad one."""
         if bad.any():
             run.status = "diverged"
             kept = int(bad.argmax()) + 1
@@ -230,16 +318,17 @@ class Stack:
             for lane in diverged:
                 del self._training[lane]
 
-    def _end_epochs(self) -> None:
+    def _end_epochs(
+        self,
+        ended: Sequence[str],
+        tests: Mapping[str, Mapping[str, float]],
+        covariates: Mapping[str, Mapping[str, np.ndarray]],
+    ) -> None:
         engine, per_epoch = self._need_engine(), self.schedule.steps_per_epoch
-        ended = [lane for lane, run in self._training.items() if run.step % per_epoch == 0]
-        if not ended:
-            return
-        tests = engine.evaluate(ended)
-        covariates = engine.inspect([lane for lane in ended if self._training[lane].job.covariates])
+        ended = [lane for lane in ended if lane in self._training]
         for lane in ended:
             run = self._training[lane]
-            values = {name: total / per_epoch for name, total in run.sums.items()} | tests[lane]
+            values = {name: total / per_epoch for name, total in run.sums.items()} | dict(tests[lane])
             run.sums = {}
             for name, value in values.items():
                 run.epochs.setdefault(name, []).append(value)

@@ -6,6 +6,7 @@ of several steps; a chunk of training is then a few graph launches. Lanes come a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lanes.engine import Engine, Lane, stack_metrics, tree_map
-from lanes.graphs import GraphedSteps
+from lanes.engine import Engine, Lane, compile_lanes, send, stack_metrics, tree_map
+from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
 
@@ -25,7 +26,7 @@ class StackedEngine(Engine):
         compiled: run the stacked step through torch.compile, on a GPU inside CUDA graphs. The stack then has a fixed
             number of slots, a power of two, so that lanes come and go without compiling again; spare slots repeat some
             lane's arithmetic and are never read. Uncompiled, the stack is exactly as large as its lanes.
-        slots: the number of slots to start with when compiled; the stack doubles when it is full, and halves only in
+        slots: the number of slots to start with when compiled; the stack doubles when it is full, and shrinks only in
             `compact`.
     """
 
@@ -42,11 +43,12 @@ class StackedEngine(Engine):
         self._position = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._names: list[str] = []
         self._graphed: GraphedSteps | None = None
+        self._graphed_sums: dict[tuple, GraphedSums] = {}  # by the shapes of what an evaluation reads
         self._stacked_step = vmap(self._step_one)
         self._stacked_evaluate = vmap(self._evaluate_one)
         if compiled:
-            self._stacked_evaluate = torch.compile(self._stacked_evaluate, dynamic=False)
-            self._in_place = torch.compile(self._step_in_place, dynamic=False)
+            self._stacked_evaluate = compile_lanes(self._stacked_evaluate)
+            self._in_place = compile_lanes(self._step_in_place)
 
     @property
     def capacity(self) -> int:
@@ -61,7 +63,7 @@ class StackedEngine(Engine):
             self._states = tree_map(lambda t: _repeat(t, size), state)
             self._hypers = tree_map(lambda t: _repeat(t, size), dict(hyper))
             self._position = torch.zeros(size, dtype=torch.int64, device=self.device)
-            self._rows, self._graphed = {}, None
+            self._rows, self._graphed, self._graphed_sums = {}, None, {}
         else:
             if None not in self._slots:
                 self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + 1))
@@ -77,10 +79,14 @@ class StackedEngine(Engine):
         if not self.compiled:
             self.compact()
 
+    @property
+    def spare(self) -> int:
+        return self._slots.count(None)
+
     def compact(self) -> None:
-        """Give back spare slots. Compiled, that means another program to compile: worth it when much is left to do."""
+        """Give up spare slots. Compiled, that means to compile for another number: worth it when much is left to do."""
         kept = [slot for slot, key in enumerate(self._slots) if key is not None]
-        size = self._size_for(len(kept)) if kept else 0
+        size = power_of_two(len(kept)) if self.compiled and kept else len(kept)
         if size < len(self._slots):
             self._resize(kept, size)
 
@@ -89,7 +95,7 @@ class StackedEngine(Engine):
 
     def _resize(self, kept: list[int], size: int) -> None:
         """Rebuild the stack with the `kept` slots first. Spare slots repeat a kept lane: finite, and never read."""
-        self._graphed = None
+        self._graphed, self._graphed_sums = None, {}
         if not kept:
             self._slots, self._states, self._hypers, self._rows = [], {}, {}, {}
             return
@@ -108,25 +114,35 @@ class StackedEngine(Engine):
         if not self._rows:
             some = next(iter(rows.values()))
             self._rows = {name: _repeat(row.to(self.device), len(self._slots)) for name, row in some.items()}
-        slots = self._index(list(rows))
+        slots = [self._slots.index(key) for key in rows]
         for name, buffer in self._rows.items():
-            stacked = torch.stack([lane_rows[name] for lane_rows in rows.values()])
-            buffer.index_copy_(0, slots, stacked.to(self.device))
-        steps = [self.lanes[key].step % self.schedule.steps_per_epoch for key in rows]
-        self._position.index_copy_(0, slots, torch.tensor(steps, device=self.device))
+            fresh = send(torch.stack([lane_rows[name] for lane_rows in rows.values()]), self.device)
+            if slots == list(range(len(slots))):
+                buffer[: len(slots)].copy_(fresh)
+            else:
+                for i, slot in enumerate(slots):
+                    buffer[slot].copy_(fresh[i])
+        steps = [self.lanes[key].step if key in self.lanes else 0 for key in self._slots]
+        places = torch.tensor([step % self.schedule.steps_per_epoch for step in steps])
+        self._position.copy_(send(places, self.device))
 
     # --- training ---
 
     def _advance(self, steps: int) -> tuple[list[str], Tensor]:
         if self.compiled and self.device.type == "cuda":
             if self._graphed is None:
+                started = time.perf_counter()
                 everything = self._everything()
                 self._graphed = GraphedSteps(self._compiled_step, everything, self.schedule.steps_per_epoch)
+                self.setup_seconds += time.perf_counter() - started
             curves = self._graphed.run(steps)
         else:
             step = self._compiled_step if self.compiled else self._plain_step
             curves = torch.stack([step() for _ in range(steps)])
-        return self._names, curves[:, :, self._index(list(self.lanes))]
+        return self._names, curves
+
+    def _columns(self) -> list[int]:
+        return [self._slots.index(key) for key in self.lanes]
 
     def _plain_step(self) -> Tensor:
         """One step of all lanes. Returns its metrics, [number of metrics, slots]."""
@@ -161,24 +177,33 @@ class StackedEngine(Engine):
 
     # --- reading ---
 
-    def _evaluate(self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Compiled, all slots are evaluated, so that shapes stay what they were; `keys` are picked from the sums."""
+    def _evaluate(
+        self, keys: Sequence[str], rows: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Compiled, all slots are evaluated, so that shapes stay what they were."""
         if self.compiled:
             by_key = dict(zip(keys, rows, strict=True))
             rows = [by_key.get(key or "", rows[0]) for key in self._slots]
             states, hypers = self._states, self._hypers
+            columns = [self._slots.index(key) for key in keys]
         else:
             index = self._index(keys)
             states = tree_map(lambda stack: stack.index_select(0, index), self._states)
             hypers = tree_map(lambda stack: stack.index_select(0, index), self._hypers)
-        stacked = {name: torch.stack([lane_rows[name] for lane_rows in rows]).to(self.device) for name in rows[0]}
+            columns = list(range(len(keys)))
+        stacked = {name: send(torch.stack([lane_rows[name] for lane_rows in rows]), self.device) for name in rows[0]}
+        if self.compiled and self.device.type == "cuda":
+            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(stacked.items()))
+            if shapes not in self._graphed_sums:
+                evaluate = lambda row: self._stacked_evaluate(self._states, self._hypers, row)
+                self._graphed_sums[shapes] = GraphedSums(evaluate, stacked, 1)
+            return self._graphed_sums[shapes].run(stacked), columns
         batches = next(iter(stacked.values())).shape[1]
         sums = [
             self._stacked_evaluate(states, hypers, {name: row[:, i] for name, row in stacked.items()})
             for i in range(batches)
         ]
-        totals = {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}
-        return {name: total[self._index(keys)] for name, total in totals.items()} if self.compiled else totals
+        return {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}, columns
 
     def _index(self, keys: Sequence[str]) -> Tensor:
         return torch.tensor([self._slots.index(key) for key in keys], device=self.device)

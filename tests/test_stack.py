@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tests.toys.regression as toy
+from lanes.engine import compile_lanes
 from lanes.host import Host, HostSettings
 from lanes.job import Job
 from lanes.probe import ENGINES, probe
@@ -68,15 +70,23 @@ def job(token: str, seeds=(0, 1), reports=(1, 3, 9), lr=0.05, parent=None, covar
     return Job(token, "tests.toys.regression", values, key, runs, tuple(reports), covariates, parent or {})
 
 
-@pytest.fixture
-def make(cache_dir):
+@pytest.fixture(params=[False, True], ids=["read at once", "run ahead"])
+def make(request, cache_dir):
+    """Stacks that read each chunk before the next is launched, and stacks that do as on a GPU."""
+
     def make(engine=SerialEngine, lanes=8, recorder=None, shelf=None, case="noisy", **more) -> Stack:
         family, program, _ = build_case("tests.toys.regression", case)
         arrays = arrays_of(family, program, cache_dir)
+
+        def make_engine():
+            made = engine(family, program, arrays)
+            made.runs_ahead = request.param
+            return made, lanes
+
         return Stack(
             family,
             program,
-            lambda: (engine(family, program, arrays), lanes),
+            make_engine,
             recorder or Memory(),
             shelf if shelf is not None else Shelf(),
             **more,
@@ -490,3 +500,90 @@ def test_files_of_another_program_are_not_its_choice(tmp_path, cache_dir):
         )
         paths |= set(Path(tmp_path).iterdir())
     assert len(paths) == 2
+
+
+class Slots(SerialEngine):
+    """The serial engine with the slots of a compiled stack: as many as it was ever given, until it is compacted."""
+
+    setup_seconds = 0.0
+    capacity = 8
+
+    @property
+    def spare(self):
+        return self.capacity - len(self.lanes)
+
+    def compact(self):
+        self.capacity = len(self.lanes)
+
+
+def test_a_stack_that_stays_half_empty_is_made_smaller_where_that_pays(make, alone):
+    now = [0.0]
+    made = []
+
+    class Watched(Slots):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    memory = Memory()
+    stack = make(Watched, recorder=memory, clock=lambda: now[0])
+    each = job("a", seeds=range(3), reports=(9,))
+    stack.attach(each)
+    for _ in range(3):
+        now[0] += 10.0
+        stack.tick()
+    (engine,) = made
+    assert engine.capacity == 8, "empty for a moment only"
+    engine.setup_seconds = 1e9
+    now[0] += 100.0
+    stack.tick()
+    assert engine.capacity == 8, "compiling again would cost more than it saves"
+    engine.setup_seconds = -1.0
+    while not stack.tick():
+        now[0] += 10.0
+    assert engine.capacity <= 3
+    expected = alone(each)
+    for key in each.runs.values():
+        assert memory.step_rows[key] == expected.step_rows[key]
+
+
+def test_the_next_chunk_is_launched_before_the_one_before_is_read(make):
+    order = []
+
+    class Watched(SerialEngine):
+        def launch(self, steps):
+            order.append("launch")
+            return super().launch(steps)
+
+    class Watching(Memory):
+        def epoch(self, run_key, row, values):
+            order.append("read")
+            super().epoch(run_key, row, values)
+
+    stack = make(Watched, recorder=Watching())
+    stack.attach(job("a", seeds=(0,), reports=(9,)))
+    tick_until_reports(stack)
+    ahead = stack._engine.runs_ahead
+    assert order[-1] == "read"
+    first = order.index("read")
+    assert order[:first].count("launch") == (3 if ahead else 2), order  # 6 steps an epoch: chunks of 4 and 2
+
+
+def test_the_ninth_program_is_compiled_too():
+    class Program:
+        def __init__(self, number):
+            self.number = number
+            self.compiled = 0
+            self.step = compile_lanes(self._step, backend=self._backend)
+
+        def _step(self, x):
+            return x * self.number + 1
+
+        def _backend(self, graph, example):
+            self.compiled += 1
+            return graph.forward
+
+    programs = [Program(i) for i in range(12)]
+    for program in programs:
+        assert float(program.step(torch.ones(1))) == program.number + 1
+    assert [program.compiled for program in programs] == [1] * 12

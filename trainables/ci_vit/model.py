@@ -131,6 +131,8 @@ def forward(
     x = torch.cat([cls, patches.reshape(count, tokens - 1, width)], dim=1) + params["pos"]
     x = x.reshape(count * tokens, width)
     params = {**params, "qkv/bias": _keys_fixed(params["qkv/bias"], width)}
+    spare = -tokens % 8 if program.precision == "bf16" else 0  # tensor cores want rows of a multiple of 8
+    absent = torch.arange(tokens + spare, device=x.device) >= tokens
     seen: dict[str, list[Tensor]] = {name: [] for name in watch}
     names = [name for name, shape in layout(program).shapes.items() if _per_block(name)]
     for values in zip(*(params[name].unbind(0) for name in names), strict=True):
@@ -138,9 +140,10 @@ def forward(
         h = _norm(x, block["ln1/scale"], block["ln1/bias"])
         qkv = h @ block["qkv/kernel"] + block["qkv/bias"]
         qkv = qkv.reshape(count, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.reshape(3, count * heads, tokens, width // heads).unbind(0)
-        attention = torch.softmax(q @ k.transpose(-1, -2) * (width // heads) ** -0.5, dim=-1)
-        mixed = (attention @ v).reshape(count, heads, tokens, width // heads).transpose(1, 2)
+        q, k, v = F.pad(qkv, (0, 0, 0, spare)).reshape(3, count * heads, tokens + spare, width // heads).unbind(0)
+        scores = q @ k.transpose(-1, -2) * (width // heads) ** -0.5
+        attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1)
+        mixed = (attention @ v)[:, :tokens].reshape(count, heads, tokens, width // heads).transpose(1, 2)
         x = x + mixed.reshape(count * tokens, width) @ block["out/kernel"] + block["out/bias"]
         h = _norm(x, block["ln2/scale"], block["ln2/bias"])
         pre = h @ block["mlp_in/kernel"] + block["mlp_in/bias"]
@@ -151,7 +154,7 @@ def forward(
         if "activity" in seen:
             seen["activity"].append(active.detach().mean(0))
         if "entropy" in seen:
-            seen["entropy"].append(_entropy(attention.detach()).reshape(count, heads * tokens))
+            seen["entropy"].append(_entropy(attention.detach()[:, :tokens]).reshape(count, heads * tokens))
     cls_tokens = x.reshape(count, tokens, width)[:, 0]
     logits = _norm(cls_tokens, params["ln/scale"], params["ln/bias"]) @ params["head/kernel"] + params["head/bias"]
     return logits.to(dtype_of(program)), {name: torch.stack(values) for name, values in seen.items()}

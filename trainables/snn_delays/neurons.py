@@ -11,15 +11,20 @@ and backward ds/dh = (alpha/2) / (1 + (pi/2 * alpha * (h - 1))^2), `surrogate.AT
 
 Only this recurrence runs along time, so it is two operators of its own, `lanewise::lif_forward` and
 `lanewise::lif_backward`, over all lanes at once: opaque to torch.compile (which would otherwise unroll every time
-step) and the one place where a fused kernel for a device is registered (`lif_forward.register_kernel("cuda")`).
+step). On a CPU they are loops over time; on a GPU each is one Triton kernel (`.lif_kernel`). The environment variable
+LANEWISE_LIF=loop takes the loops there too; nothing else does.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from trainables.family import BadValue
 
 # --- the two operators: [groups, rows, time, positions], one decay and one alpha a group ------------------------------
 
@@ -35,6 +40,11 @@ def lif_forward(x: Tensor, keep: Tensor) -> Tensor:
     Returns:
         h [G, R, T, N], contiguous. A spike stands where h >= 1.
     """
+    return forward_loop(x, keep)
+
+
+def forward_loop(x: Tensor, keep: Tensor) -> Tensor:
+    """`lif_forward` step by step, on any device."""
     current = x.movedim(2, 0).contiguous()
     factor = keep.reshape(-1, 1, 1)
     membranes = torch.empty_like(current)
@@ -56,6 +66,11 @@ def lif_backward(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor
 
     g[t] = grad[t] * ds/dh[t] + keep * (1 - s[t]) * g[t+1].
     """
+    return backward_loop(grad, h, keep, alpha)
+
+
+def backward_loop(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    """`lif_backward` step by step, on any device."""
     a = alpha.reshape(-1, 1, 1, 1)
     direct = (grad * (a / 2) / (1 + (math.pi / 2 * a * (h - 1)) ** 2)).movedim(2, 0).contiguous()
     carry = torch.where(h >= 1, 0.0, keep.reshape(-1, 1, 1, 1)).movedim(2, 0).contiguous()
@@ -67,6 +82,35 @@ def lif_backward(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor
 @lif_backward.register_fake
 def _(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
     return h.new_empty(h.shape)
+
+
+@lif_forward.register_kernel("cuda")
+def _(x: Tensor, keep: Tensor) -> Tensor:
+    kernel = gpu_kernel()
+    return forward_loop(x, keep) if kernel is None else kernel.forward(x, keep)
+
+
+@lif_backward.register_kernel("cuda")
+def _(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    kernel = gpu_kernel()
+    return backward_loop(grad, h, keep, alpha) if kernel is None else kernel.backward(grad, h, keep, alpha)
+
+
+def gpu_kernel() -> ModuleType | None:
+    """The module of the GPU kernels, or None where LANEWISE_LIF=loop asks for the loops. Raises `BadValue`."""
+    chosen = os.environ.get("LANEWISE_LIF", "kernel")
+    if chosen == "loop":
+        return None
+    if chosen != "kernel":
+        raise BadValue(f"LANEWISE_LIF={chosen} should be kernel or loop")
+    try:
+        from trainables.snn_delays import lif_kernel
+    except ImportError as error:
+        raise BadValue(
+            f"spiking neurons on a GPU need triton, which is not installed here ({error}): install it, or set "
+            "LANEWISE_LIF=loop to step through time in Python, which is many times slower"
+        ) from error
+    return lif_kernel
 
 
 def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
