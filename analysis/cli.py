@@ -111,14 +111,20 @@ def compare(
     pick: Annotated[str, typer.Option(help="best: each arm's best config; all: mean over shared settings")] = "best",
     paired: Annotated[bool, typer.Option(help="compare seed by seed")] = True,
     alpha: Annotated[float, typer.Option(help="significance, after Holm's correction")] = 0.05,
+    phase: Annotated[
+        str | None,
+        typer.Option(help="confirm: results on fresh seeds; search: scores chosen by [results where there are]"),
+    ] = None,
 ) -> None:
     """Say which arms differ, seed by seed, corrected for the number of comparisons."""
     from analysis import compare as comparing
 
     kind: Any = test
     picked: Any = pick
-    found = comparing.compare(storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha)
-    show(found.arms, f"{found.metric} at {at}")
+    found = comparing.compare(
+        storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha, phase
+    )
+    show(found.arms, f"{found.metric} at {at}" + (", result on fresh seeds" if found.phase == "confirm" else ""))
     print()
     show(found.pairs)
     print()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from analysis.confirmation import phase_to_compare
 from analysis.errors import UserError, unknown
 from analysis.figures import rounded
 from analysis.selection import more_seeds, probability_best, verdict, winners_curse
@@ -36,6 +37,7 @@ class Comparison:
         pairs: `a, b` (a has the better mean), `difference` (a - b), `low, high` (95%), `p, p_holm, test, paired, n,
             effect, superiority, verdict, more_seeds`.
         notes: what a reader has to know: runs left out, floors of the test, choice on the same seeds.
+        phase: "confirm" where only runs on fresh seeds were compared, else "search".
     """
 
     metric: str
@@ -43,6 +45,7 @@ class Comparison:
     arms: pd.DataFrame
     pairs: pd.DataFrame
     notes: list[str]
+    phase: str = "search"
 
 
 def compare(
@@ -58,6 +61,7 @@ def compare(
     pick: Pick = "best",
     paired: bool = True,
     alpha: float = 0.05,
+    phase: str | None = None,
 ) -> Comparison:
     """Compares the arms that `by` makes: all pairs, or each with `against`, Holm-corrected.
 
@@ -72,6 +76,8 @@ def compare(
             setting; the choice is made on the same seeds, and said so), "all" averages over the settings of the other
             axes that all arms have.
         paired: seed by seed where two arms share two seeds or more; False: as if seeds had nothing in common.
+        phase: "confirm" compares results on fresh seeds, "search" the scores that configs were chosen by. Default:
+            the results, where two configs or more of a sweep (one or more of each of several) have them.
 
     Raises:
         UserError: unknown names, fewer than two arms, nothing finished.
@@ -82,7 +88,9 @@ def compare(
     metric = metric or sweeps[0].metric
     mode = sweeps[0].mode(metric)
     by = by or ("config" if len(sweeps) == 1 else "sweep")
-    runs, notes = _collect(sweeps, by, metric, at)
+    phase, said = phase_to_compare(sweeps, metric, at, phase)
+    runs, notes = _collect(sweeps, by, metric, at, phase)
+    notes += said
     matrix, chosen = _arms(runs, mode, pick)
     if pick == "best" and (chosen["configs"] > 1).any():
         notes.append("Each arm is its best config, picked on the same seeds: its score flatters it (winner's curse).")
@@ -107,17 +115,17 @@ def compare(
     notes += _floor_notes(pairs, test, alpha) + _curse_note(matrix, mode)
     columns = ["a", "b", "difference", "low", "high", "p", "p_holm", "verdict", "more_seeds"]
     rest = [name for name in pairs.columns if name not in columns and name != "found"]
-    return Comparison(metric, mode, arms, pairs[columns + rest], notes)
+    return Comparison(metric, mode, arms, pairs[columns + rest], notes, phase)
 
 
-def _collect(sweeps: Sequence[Sweep], by: str, metric: str, at: str) -> tuple[pd.DataFrame, list[str]]:
+def _collect(sweeps: Sequence[Sweep], by: str, metric: str, at: str, phase: str) -> tuple[pd.DataFrame, list[str]]:
     """Runs of all sweeps that may be compared, with `arm`, `config` and `setting` (the other axes' values)."""
     parts, notes = [], []
     for sweep in sweeps:
         columns = sweep.run_columns
         axes = [name for name in columns if name.startswith("axis.")]
         field = None if by in ("config", "sweep") else sweep.field(by, columns)
-        runs = scores(sweep, metric, at, [*axes, *([field] if field else [])])
+        runs = scores(sweep, metric, at, [*axes, *([field] if field else [])], phase)
         reasons = runs["stop_reason"][~runs["judged"]].value_counts()
         if len(reasons):
             left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -132,7 +132,7 @@ def still_improving(patient: Patient) -> Card | None:
         return None
     best = patient.judged.iloc[0]
     metric = curve_metric(patient.sweep)
-    rows = patient.sweep.epochs([metric], configs=[best["config_key"]])
+    rows = patient.sweep.of_search(patient.sweep.epochs([metric], configs=[best["config_key"]]))
     total = rows["epoch"].max() if len(rows) else 0
     if total < 5 or patient.sweep.schedule.get("epochs_per_task", total) < total:
         return None  # on a stream of tasks the last epochs are a task's, and plasticity has a check of its own
@@ -162,7 +162,7 @@ def early_ranks(patient: Patient) -> Card | None:
     if len(controls) < 5 or first >= total or not sweep.metrics_of("epochs"):
         return None
     metric = curve_metric(sweep)
-    rows = sweep.epochs([metric], configs=controls["config_key"], epochs=[first])
+    rows = sweep.of_search(sweep.epochs([metric], configs=controls["config_key"], epochs=[first]))
     early = rows.groupby("config_key")[metric].mean()
     sign = (-1.0 if sweep.mode(metric) == "min" else 1.0) * (-1.0 if sweep.mode(patient.metric) == "min" else 1.0)
     both = controls.set_index("config_key")["mean"].to_frame("end").join(early.rename("early")).dropna()
@@ -313,6 +313,8 @@ def dimensions(patient: Patient) -> Card | None:
     """Dimensions that change nothing, and configs proposed twice."""
     proposed: dict[str, int] = {}
     for event in patient.sweep.events("proposed"):
+        if event.get("phase", "search") != "search":
+            continue  # more seeds on purpose
         key = str(event.get("config_key"))
         proposed[key] = proposed.get(key, 0) + 1
     twice = sum(count - 1 for count in proposed.values())

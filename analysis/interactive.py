@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from analysis.compare import plain
 from analysis.curves import Curves
 from analysis.figures import COLOURS, is_log
-from analysis.landscapes import pareto_front
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
@@ -186,27 +186,29 @@ def rung_diagram(table: pd.DataFrame, rungs: Sequence[int], metric: str) -> go.F
     return figure.update_layout(xaxis_title="epochs trained", yaxis={"title": "configs", "showticklabels": False})
 
 
-def pareto(table: pd.DataFrame, metric: str, mode: str = "max") -> go.Figure:
-    """Result against device time; the configs that nothing beats in both are joined."""
-    rows = table[table["judged"] & table["mean"].notna()]
-    front = pareto_front(table, mode)
-    figure = go.Figure(layout=LAYOUT)
-    for data, name, colour, how in (
-        (rows, "configs", "#9A9A9A", "markers"),
-        (front, "front", COLOURS[0], "lines+markers"),
-    ):
-        figure.add_scatter(
-            x=data["device_seconds"],
-            y=data["mean"],
-            name=name,
-            mode=how,
-            line={"shape": "hv"},
-            marker={"color": colour, "size": 8},
-            text=[escape(str(label)) for label in data["label"]],
-            hovertemplate="%{text}<br>%{y:.4f} in %{x:.3g} s<extra></extra>",
-        )
-    kind = "log" if is_log(rows["device_seconds"]) else "linear"
-    return figure.update_layout(xaxis={"title": "device seconds of a config", "type": kind}, yaxis_title=metric)
+def pareto(points: pd.DataFrame, metric: str, others: Sequence[str]) -> go.Figure:
+    """Result against each other objective; the configs that nothing beats in all of them are marked."""
+    front = points[points["front"]]
+    figure = make_subplots(1, len(others), shared_yaxes=True).update_layout(LAYOUT)
+    for column, other in enumerate(others, 1):
+        for data, name, colour, how in (
+            (points, "configs", "#9A9A9A", "markers"),
+            (front.sort_values(other), "front", COLOURS[0], "lines+markers" if len(others) == 1 else "markers"),
+        ):
+            figure.add_scatter(
+                x=data[other],
+                y=data[metric],
+                name=name,
+                mode=how,
+                showlegend=column == 1,
+                marker={"color": colour, "size": 8},
+                text=[escape(str(label)) for label in data["label"]],
+                hovertemplate=f"%{{text}}<br>{escape(metric)} %{{y:.4g}}, {escape(other)} %{{x:.3g}}<extra></extra>",
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(title=other, type="log" if is_log(points[other]) else "linear", row=1, col=column)
+    return figure.update_yaxes(title=metric, row=1, col=1)
 
 
 def _scale(values: pd.Series) -> str:

@@ -16,6 +16,7 @@ from analysis.compare import grid
 from analysis.curves import Curves, learning_curves
 from analysis.errors import UserError
 from analysis.importance import main_effects
+from analysis.objectives import others_of, tradeoff
 from analysis.store import Sweep, open_sweep
 from analysis.summary import scores, summarise
 from analysis.writing import aside
@@ -74,6 +75,14 @@ class Subject:
     @cached_property
     def effects(self) -> pd.DataFrame:
         return main_effects(self.sweep, self.judged, self.metric)
+
+    @cached_property
+    def others(self) -> list[str]:
+        return others_of(self.sweep, self.metric)
+
+    @cached_property
+    def points(self) -> pd.DataFrame:
+        return tradeoff(self.sweep, self.runs, self.metric, self.at)
 
     @cached_property
     def rungs(self) -> list[int]:
@@ -175,10 +184,11 @@ KINDS: dict[str, Kind] = {
         lambda s: interactive.rung_diagram(s.table, s.rungs, s.metric),
     ),
     "pareto": Kind(
-        "Result against device time; nothing beats the joined configs in both.",
-        lambda s: len(s.judged) > 3 and s.judged["device_seconds"].nunique() > 1,
-        lambda s: landscapes.pareto(s.table, s.metric, s.unit, s.mode),
-        lambda s: interactive.pareto(s.table, s.metric, s.mode),
+        "Result against the other objectives (device time of a run, where there is one objective only); nothing beats "
+        "the marked configs in all of them.",
+        lambda s: len(s.points) > 3 and all(s.points[name].nunique() > 1 for name in s.others),
+        lambda s: landscapes.pareto(s.points, s.metric, s.others, {n: s.sweep.unit(n) for n in (s.metric, *s.others)}),
+        lambda s: interactive.pareto(s.points, s.metric, s.others),
     ),
 }
 

@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from analysis import figures, interactive
+from analysis.confirmation import confirmed_table, flattery, ties
 from analysis.doctor import cards_of
-from analysis.journal import confirmation, differences, speed
+from analysis.journal import speed, told
 from analysis.plotting import KINDS, Subject
 from analysis.store import ENDED, Sweep, open_sweep
 from analysis.summary import scores
@@ -86,7 +87,11 @@ def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
         rows=[_row(row, axes) for row in table.head(SHOWN).to_dict("records")],
         axes=[axis.removeprefix("axis.") for axis in axes],
         hidden=max(0, len(table) - SHOWN),
-        observed=[*differences(sweep, runs, metric), *confirmation(sweep, runs, confirmed, metric), *speed(runs)],
+        confirmed=[_confirmed(row) for row in confirmed_table(sweep, runs, confirmed, metric).to_dict("records")],
+        ties=ties(sweep),
+        front=_front(subject),
+        objectives=[metric, *subject.others],
+        observed=[*told(sweep, runs, metric), *speed(runs)],
         cards=cards,
         images=images,
     )
@@ -104,6 +109,33 @@ def _unsaid(table: pd.DataFrame, axes: Sequence[str]) -> list[str]:
         axis
         for axis in axes
         if not all(_cell(value) in str(label) for label, value in zip(table["label"], table[axis], strict=True))
+    ]
+
+
+def _confirmed(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row of the report's first table."""
+    sd = row["sd"]
+    known = np.isfinite(row["low"])
+    return {
+        "label": row["label"],
+        "mean": figures.rounded(row["mean"], sd),
+        "sd": figures.rounded(sd, sd),
+        "interval": f"{figures.rounded(row['low'], sd)} … {figures.rounded(row['high'], sd)}" if known else "–",
+        "n": row["n"],
+        "search": figures.rounded(row["search"], sd),
+        "search_n": row["search_n"],
+        "flattery": flattery(row),
+    }
+
+
+def _front(subject: Subject) -> list[dict[str, Any]]:
+    """The configs that nothing beats, where the sweep optimised several objectives."""
+    if len(subject.sweep.objectives) < 2:
+        return []
+    front = subject.points[subject.points["front"]]
+    names = [subject.metric, *subject.others]
+    return [
+        {"label": row["label"], "values": [f"{row[name]:.4g}" for name in names]} for row in front.to_dict("records")
     ]
 
 
@@ -159,6 +191,7 @@ def facts(sweep: Sweep, runs: pd.DataFrame) -> list[tuple[str, str]]:
     git = info.get("git") or {}
     lines = [
         ("sweep", f"{info.get('sweep', sweep.name)} of {sweep.family}"),
+        ("optimised", ", ".join(f"{name} ({sweep.mode(name)})" for name in sweep.objectives)),
         ("configs × seeds", f"{runs['config_key'].nunique()} × {runs['seed'].nunique()}"),
         ("searcher, scheduler", f"{info.get('searcher', '')}, {rule}"),
         ("runs", ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none yet"),

@@ -48,6 +48,12 @@ _STANDARD: dict[str, Any] = {
 """Columns that every reader may count on -> the value where runs.parquet does not have them yet."""
 
 
+COSTS: dict[str, dict[str, str]] = {
+    "device_seconds": {"unit": "s", "mode": "min", "doc": "device time of one run, amortised over the lanes"},
+}
+"""Metrics that are columns of runs.parquet themselves, whatever the family."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One sweep's folder, and the frozen command in its sweep.json."""
@@ -69,6 +75,11 @@ class Sweep:
     def metric(self) -> str:
         """The summary key that the sweep optimised."""
         return str(self.info.get("metric") or self.info.get("headline") or "")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """All that the sweep optimised; the first is `metric`."""
+        return (self.metric, *(str(name) for name in self.info.get("others") or ()))
 
     @property
     def axes(self) -> list[dict[str, Any]]:
@@ -95,7 +106,7 @@ class Sweep:
         return "none"
 
     def _metric(self, metric: str) -> dict[str, Any]:
-        return (self.info.get("metrics") or {}).get(metric, {})
+        return (self.info.get("metrics") or {}).get(metric) or COSTS.get(metric, {})
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -154,6 +165,13 @@ class Sweep:
         order = [f"axis.{axis['name']}" for axis in self.axes]
         rest = [c for c in runs.columns if c.startswith("axis.") and c not in order]
         return [c for c in order if c in runs.columns] + rest
+
+    def of_search(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Of rows with a `run_key`, those whose runs took part in choosing."""
+        if "phase" not in self.run_columns:
+            return rows
+        runs = self.runs(["phase"])
+        return rows[~rows["run_key"].isin(runs["run_key"][runs["phase"] == "confirm"])]
 
     # --- curves -----------------------------------------------------------------------------------------------------
 

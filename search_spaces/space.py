@@ -91,6 +91,13 @@ class Arms:
 Axis = Choice | Range | Arms
 
 
+def is_ordered(axis: Axis) -> bool:
+    """Whether a choice is among numbers: then neighbours are alike, and a model may know it."""
+    return isinstance(axis, Choice) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in axis.values
+    )
+
+
 def _between(low: float, high: float, fraction: float) -> float:
     return low + (high - low) * fraction
 

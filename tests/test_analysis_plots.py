@@ -19,6 +19,7 @@ from analysis.compare import grid
 from analysis.curves import learning_curves
 from analysis.errors import UserError
 from analysis.figures import rounded
+from analysis.objectives import nondominated
 from analysis.plotting import KINDS, plot
 from analysis.report import write_report
 from analysis.store import open_sweep
@@ -101,16 +102,12 @@ def test_heat_map_marks_the_best_cell(tmp_path):
 
 
 def test_pareto_front_by_hand():
-    table = pd.DataFrame(
-        {
-            "mean": [0.5, 0.7, 0.6, 0.9, 0.9, 0.95],
-            "device_seconds": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-            "judged": [True, True, True, True, True, False],
-            "label": list("abcdef"),
-        }
-    )
-    assert landscapes.pareto_front(table)["label"].tolist() == ["a", "b", "d"]
-    assert landscapes.pareto_front(table, "min")["label"].tolist() == ["a"]
+    points = np.array([[0.5, 1.0], [0.7, 2.0], [0.6, 3.0], [0.9, 4.0], [0.9, 5.0], [0.95, 6.0]])
+    assert nondominated(points, ["max", "min"]).tolist() == [True, True, False, True, False, True]
+    assert nondominated(points, ["min", "min"]).tolist() == [True] + 5 * [False]
+    assert nondominated(points, ["max", "max"]).tolist() == 5 * [False] + [True]
+    twins = np.array([[1.0, 2.0], [1.0, 2.0], [0.0, 3.0]])
+    assert nondominated(twins, ["max", "min"]).tolist() == [True, True, False]
 
 
 def test_rung_diagram_counts_who_went_on(tmp_path):

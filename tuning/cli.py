@@ -5,6 +5,7 @@
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
+from tuning import objectives
+from tuning.followup import ASKED, ask_again, check
 from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
 from tuning.shared import check_cluster
 from tuning.sweep import SweepPlan, perturbable
@@ -24,6 +27,7 @@ from tuning.values import parse_axis, parse_field, replace_axis, split
 
 # typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+NOTHING_LATER: Mapping[str, Any] = dict.fromkeys(ASKED)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -71,7 +75,32 @@ def _command(sweeps: Sweeps) -> Any:
             Literal["asha", "median", "pbt", "none"] | None,
             typer.Option(help="how hopeless configs are stopped [default: the sweep's]"),
         ] = None,
-        metric: Annotated[str | None, typer.Option(help="what to optimise [default: the family's headline]")] = None,
+        metric: Annotated[
+            str | None,
+            typer.Option(
+                help="what to optimise [default: the family's headline]; several with commas, device_seconds among "
+                "them: a Pareto front, schedulers and --confirm going by the first"
+            ),
+        ] = None,
+        confirm: Annotated[
+            int | None,
+            typer.Option(
+                metavar="K",
+                help="run the K best again at the end on fresh seeds: only those figures are the result; also with "
+                "--resume",
+            ),
+        ] = None,
+        confirm_seeds: Annotated[int | None, typer.Option(help="fresh seeds for --confirm [default: --seeds]")] = None,
+        race: Annotated[
+            bool,
+            typer.Option("--race", help="give more seeds to configs that may still be the best, until one is left"),
+        ] = False,
+        race_seeds: Annotated[
+            int | None, typer.Option(help="the most seeds a config gets in a race [default: 5 times --seeds]")
+        ] = None,
+        margin: Annotated[
+            float | None, typer.Option(help="end a race when none left can be better than the first by this much")
+        ] = None,
         covariates: Annotated[
             str | None, typer.Option(help="what else to record: names, 'all' or 'none' [default: the sweep's]")
         ] = None,
@@ -105,8 +134,15 @@ def _command(sweeps: Sweeps) -> Any:
         if list_:
             print_sweeps(sweeps)
             return 0
+        later = {
+            "confirm": confirm,
+            "confirm_seeds": confirm_seeds,
+            "race": race or None,
+            "race_seeds": race_seeds,
+            "margin": margin,
+        }
         if resume is not None:
-            plan = SweepPlan.load(storage / checked_name("--resume", resume))
+            plan = ask_again(SweepPlan.load(storage / checked_name("--resume", resume)), later)
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
             return search(plan, quiet, resume=True)
         plan = resolve(
@@ -131,6 +167,7 @@ def _command(sweeps: Sweeps) -> Any:
             address=address,
             max_concurrent=max_concurrent,
             time_budget=time_budget,
+            later=later,
         )
         if plan_:
             from tuning.estimate import print_plan
@@ -166,8 +203,12 @@ def resolve(
     address: str,
     max_concurrent: int,
     time_budget: float,
+    later: Mapping[str, Any] = NOTHING_LATER,
 ) -> SweepPlan:
-    """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
+    """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file.
+
+    `later` is what to do after the search, by the names in `tuning.followup.ASKED`; None is what no flag says.
+    """
     chosen, family = sweeps.find(sweep), load_family(sweeps.family)
     space, base = chosen.space, dict(chosen.base)
     for text in dimensions:
@@ -190,10 +231,7 @@ def resolve(
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
     if data_dir is not None and not data_dir.is_dir():
         raise BadValue(f"--data-dir {data_dir} is not a folder")
-    objective = metric or chosen.metric or family.headline
-    directed = [key for key, m in family.metrics.items() if m.mode != "none"]
-    if objective not in directed:
-        raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
+    first, *others = objectives.parse(family, metric or chosen.metric or family.headline)
     storage = storage.expanduser().resolve()
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
@@ -208,7 +246,8 @@ def resolve(
         trials=trials if trials is not None else chosen.trials,
         searcher=searcher,
         scheduler=scheduler or chosen.scheduler,
-        metric=objective,
+        metric=first,
+        others=tuple(others),
         covariates=_covariates(covariates, chosen, family),
         engine=engine,
         lanes=lanes,
@@ -219,7 +258,13 @@ def resolve(
         max_concurrent=max_concurrent,
         time_budget=time_budget,
         command=tuple(sys.argv),
+        confirm=later["confirm"] or chosen.confirm,
+        confirm_seeds=later["confirm_seeds"] or 0,
+        race=bool(later["race"] or chosen.race),
+        race_seeds=later["race_seeds"] or 0,
+        margin=later["margin"],
     )
+    objectives.check(plan.objectives, searcher, plan.scheduler)
     if searcher == "grid":
         grid = space.size()
         if grid is None:
@@ -232,6 +277,7 @@ def resolve(
             f"--scheduler pbt has nothing to perturb: {chosen.name} has no axis that sets one of the hypers "
             f"{', '.join(family.hyper_fields)}"
         )
+    check(plan, later)
     plan.reference  # noqa: B018  # contradictions among the fields are told here
     return plan
 

@@ -2,12 +2,16 @@
 
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
-    begin      {session, versions}
-    proposed   {index, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
-                runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it
+    begin      {session, versions}                    and what was asked for after the search: confirm, race ...
+    proposed   {index, phase, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
+                runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it;
+                                                      index -1 and phase race or confirm: further seeds of a config
     resumed    {trial, config_key, replaces}          the same config under a new trial id, after a restart
     report     {trial, config_key, epoch, progress, values, spread, per_seed, engine, lanes, device, done}
     decision   {trial, config_key, epoch, decision}   what the scheduler made of it: CONTINUE, STOP, PAUSE, EXPLOIT
+    race       {look, seeds, started, most, margin, beaten, alive, crashed, verdict, next}
+                                                      who dropped out after `seeds`; the next look is at `next`
+    confirm    {k, seeds, chosen, ties}               the best configs, to be run on these fresh seeds
     end        {trial, config_key, stop_reason, epoch, error}
     finish     {reason}                               the sweep is over: done, time budget, interrupted
 """

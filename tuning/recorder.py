@@ -46,12 +46,13 @@ class Recorder(Callback):
         """Nothing: Tune pickles its callbacks for a restore that is never used; the journal is what lasts."""
         return {}
 
-    def apply(self, event: Event) -> None:
-        """Take an event into the table and the progress line."""
+    def apply(self, event: Event) -> Event:
+        """Take an event into the table and the progress line. Returns it."""
         if event["event"] in ("proposed", "resumed"):
             self._config_of[event["trial"]] = event["config_key"]
         self._table.apply(event)
         self._progress.apply(event)
+        return event
 
     def on_decision(self, trial: Any, result: Mapping[str, Any], decision: str) -> None:
         self._decisions[trial.trial_id] = decision
@@ -129,7 +130,8 @@ class Recorder(Callback):
         )
         self.on_abandon(trial)
         fields = ("config_key", "label", "algorithm", "point", "values", "program", "hyper", "runs", "epochs", "parent")
-        self._write("proposed", index=-1, trial=trial, **{name: config[name] for name in fields})
+        made = {name: config[name] for name in fields}
+        self._write("proposed", index=-1, phase="search", trial=trial, **made)
 
 
 def last_line(text: str) -> str:

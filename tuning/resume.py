@@ -9,6 +9,7 @@ again under a new trial id and continues from its newest checkpoint.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PastTrial:
-    """Stands for a trial of the session before."""
+    """Stands for a trial of the session before. `config` says its phase, as a trial's does."""
 
     trial_id: str
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -60,12 +62,13 @@ def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Pa
         past.events.append(event)
         trial = event.get("trial", "")
         if event["event"] == "proposed":
+            event.setdefault("phase", "search")  # journals from before there were others
+            stand_ins[trial] = PastTrial(trial, {"phase": event["phase"]})
             if event["index"] >= 0:
                 _ask_again(source, event)
                 past.proposed += 1
                 key = event["config_key"]
                 past.seeds_used[key] = past.seeds_used.get(key, 0) + len(event["runs"])
-                stand_ins[trial] = PastTrial(trial)
                 listener.on_trial_add(None, stand_ins[trial])
             born = max((epoch for _, epoch in event.get("parent", {}).values()), default=0)
             open_trials[trial] = {**event, "trial_first": trial, "reported": born}
@@ -77,8 +80,8 @@ def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Pa
         elif event["event"] == "report":
             proposal = open_trials[trial]
             proposal["reported"] = event["epoch"]
-            value = event["values"].get(plan.metric, float("nan"))
-            results[trial] = {"progress": event["progress"], plan.metric: value, "done": event["done"]}
+            values = {name: event["values"].get(name, float("nan")) for name in plan.objectives}
+            results[trial] = {"progress": event["progress"], "done": event["done"], **values}
         elif event["event"] == "decision":
             proposal, result = open_trials[trial], results[trial]
             if not result["done"]:
@@ -95,7 +98,7 @@ def replay(plan: SweepPlan, journal: Path, source: Source, scheduler: Any) -> Pa
             else:
                 listener.on_trial_complete(None, stand_ins[trial], result)
             if proposal["index"] >= 0:
-                tell_end(source, proposal["trial_first"], result, error, plan.metric)
+                tell_end(source, proposal["trial_first"], result, error, plan.objectives)
     past.unfinished = list(open_trials.values())
     if not scheduler.replayable:
         scheduler.skip(decisions)

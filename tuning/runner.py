@@ -77,7 +77,7 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
     started = time.monotonic()
     seconds: dict[str, float] = {}
     with _log_file(plan.folder / "log.txt"):
-        from tuning.progress import Progress, results_table
+        from tuning.progress import Progress
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
         with progress:
@@ -97,13 +97,15 @@ def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome
             seconds["report and MLflow"] = time.monotonic() - begun
     seconds["whole"] = time.monotonic() - started
     if not quiet:
-        console.print(results_table(outcome[1], plan.metric, plan.objective.mode))
+        from tuning.ending import print_results
+
+        print_results(console, plan, outcome[1])
     (plan.folder / "timing.json").write_text(json.dumps(seconds, indent=1))
     return Outcome(dict(progress.ended), outcome[0], outcome[2], seconds)
 
 
 def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float]) -> tuple[bool, Any, int]:
-    """The part inside Ray. Returns (interrupted, rows of the runs table, results the driver took)."""
+    """The part inside Ray. Returns (interrupted, what it ended with, results the driver took)."""
     begun = time.monotonic()
     os.environ.update(
         RAY_AIR_NEW_OUTPUT="0",
@@ -118,6 +120,8 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
 
     from lanes.host import HostSettings, Pool, find_slots
     from tuning.demand import release
+    from tuning.ending import Ended
+    from tuning.followup import ASKED, Followup
     from tuning.journal import Journal
     from tuning.recorder import Recorder
     from tuning.resume import Past, replay
@@ -179,7 +183,10 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
             scheduler.exploited = recorder.on_exploit
-        journal.write("begin", versions=versions(), resumed=resume)
+        journal.write("begin", versions=versions(), resumed=resume, **{name: getattr(plan, name) for name in ASKED})
+        followup = Followup(
+            plan, table.rows, lambda kind, **fields: recorder.apply(journal.write(kind, **fields)), past.events
+        )
         proposer = Proposer(
             plan,
             source,
@@ -189,6 +196,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             past.seeds_used,
             past.unfinished,
             on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces]),
+            followup=followup if followup.left else None,
         )
         recorder.on_abandon = proposer.abandon
         trainable = tune.with_parameters(
@@ -197,7 +205,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             settings={
                 "family": plan.family,
                 "folder": str(plan.folder),
-                "metric": plan.metric,
+                "objectives": plan.objectives,
                 "modes": {name: metric["mode"] for name, metric in plain["metrics"].items()},
                 "scheduler": plan.scheduler,
                 "covariates": bool(plan.covariates),
@@ -237,7 +245,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         recorder.apply(journal.write("finish", reason=reason))
         recorder.write_table()
         journal.close()
-        return interrupted, list(table.rows.values()), recorder.results
+        return interrupted, Ended(list(table.rows.values()), followup.look, followup.confirmed), recorder.results
     finally:
         if plan.address:
             release()

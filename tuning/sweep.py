@@ -12,11 +12,14 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning import objectives
 
 REDUCTION = 3
 MOST_RUNGS = 3
 SEGMENTS = {"median": 10, "pbt": 10, "none": 4}
 """How many reports a run makes under each scheduler that has no rungs."""
+CONFIRMING = 5_000
+"""Seeds from this one on (counted within the sweep's own) are kept for confirming: the search never uses them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Config:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A search, ready to run. See `tuning.cli` for what each field means to a user."""
+    """A search, ready to run. See `tuning.cli` for what each field means to a user.
+
+    `metric` is the first objective: schedulers, races and confirmation go by it; `others` are the further ones.
+    """
 
     name: str
     family: str
@@ -71,6 +77,12 @@ class SweepPlan:
     max_concurrent: int = 0
     time_budget: float = 0.0
     command: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    confirm: int = 0
+    confirm_seeds: int = 0
+    race: bool = False
+    race_seeds: int = 0
+    margin: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,7 +95,16 @@ class SweepPlan:
 
     @property
     def objective(self) -> Metric:
-        return self.loaded.metrics[self.metric]
+        return objectives.described(self.loaded, self.metric)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.metric, *self.others)
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """Objective -> "max" or "min"."""
+        return {name: objectives.described(self.loaded, name).mode for name in self.objectives}
 
     @property
     def budget(self) -> int:
@@ -98,6 +119,10 @@ class SweepPlan:
     def run_seeds(self, count: int | None = None, first: int = 0) -> list[int]:
         """The seeds of a config's runs: the same for every config, so that differences are paired."""
         return [self.seed * 10_000 + first + i for i in range(self.seeds if count is None else count)]
+
+    def fresh_seeds(self) -> list[int]:
+        """The seeds on which configs are confirmed: the same for every config, none of them used before."""
+        return self.run_seeds(self.confirm_seeds or self.seeds, first=CONFIRMING)
 
     def resolve(self, point: Point) -> Config:
         """The config at a point. Raises `BadValue` where its fields contradict one another."""
@@ -172,7 +197,7 @@ class SweepPlan:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates")
+            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "others")
         }
         program, _ = self.loaded.build(self.reference.values)
         schedule = self.loaded.schedule(program)
@@ -181,11 +206,12 @@ class SweepPlan:
             "base": dict(self.base),
             "space": self.space.to_plain(),
             "covariates": list(self.covariates),
+            "others": list(self.others),
             "data_dir": str(self.data_dir) if self.data_dir else None,
             "command": list(self.command),
             "headline": self.loaded.headline,
             "mode": self.objective.mode,
-            "metrics": {name: asdict(metric) for name, metric in self.loaded.metrics.items()},
+            "metrics": {name: asdict(metric) for name, metric in {**self.loaded.metrics, **objectives.COSTS}.items()},
             "schedule": asdict(schedule),
             "scheduler": {
                 "name": self.scheduler,
@@ -206,6 +232,7 @@ class SweepPlan:
             base={k: tuple(v) if isinstance(v, list) else v for k, v in plain["base"].items()},
             scheduler=plain["scheduler"]["name"],
             covariates=tuple(plain["covariates"]),
+            others=tuple(plain.get("others", ())),
             data_dir=Path(plain["data_dir"]) if plain["data_dir"] else None,
             command=tuple(plain["command"]),
             storage=storage,

@@ -18,8 +18,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from tuning.aggregates import config_values, pareto_front, result, summary
 from tuning.journal import Event, read
 from tuning.mlflow_page import page_tags
+from tuning.objectives import COSTS, searched, value
 from tuning.runs import RunTable, load_plain
 
 CURVE_POINTS = 1000
@@ -62,6 +64,7 @@ class Tracker:
         self._status: dict[str, tuple[str, int]] = {}
         self._seeds: dict[str, frozenset[str]] = {}  # config -> its runs, as first proposed
         self._waiting: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}  # (config, epoch) -> run -> its row
+        self._confirm: Event | None = None
         self.finished = False
 
     def connect(self) -> None:
@@ -76,9 +79,9 @@ class Tracker:
             self._experiment = self._client.create_experiment(name, artifact_location=location, tags=kind)
         else:
             self._experiment = experiment.experiment_id
-        for key, value in page_tags(self._plain).items():
-            if experiment is None or experiment.tags.get(key) != value:
-                self._client.set_experiment_tag(self._experiment, key, value)
+        for key, text in page_tags(self._plain).items():
+            if experiment is None or experiment.tags.get(key) != text:
+                self._client.set_experiment_tag(self._experiment, key, text)
         self._find_runs()
         self._sweep_run()
         # the table needs the whole past, the delivery only what is new
@@ -180,6 +183,7 @@ class Tracker:
         self._ids["sweep", plain["name"]] = run.info.run_id
         shown = ("sweep", "searcher", "seeds", "seed", "trials", "metric", "engine", "lanes")
         params = {name: plain[name] for name in shown} | {"scheduler": plain["scheduler"]["name"]}
+        params["metric"] = ",".join([plain["metric"], *plain.get("others", ())])
         self._pending[run.info.run_id]["params"] += params.items()
 
     def _run(self, kind: str, key: str, parent: str, name: str, tags: Mapping[str, str], at: int) -> str:
@@ -206,6 +210,8 @@ class Tracker:
     def _note_finish(self, event: Event) -> None:
         if event["event"] in ("begin", "finish"):
             self.finished = event["event"] == "finish"
+        elif event["event"] == "confirm":
+            self._confirm = event
 
     def _event(self, event: Event) -> None:
         at = int(datetime.fromisoformat(event["time"]).timestamp() * 1000)
@@ -219,9 +225,14 @@ class Tracker:
                 self._status[self._ids["run", key]] = ("RUNNING", at)
             self._status[self._ids["config", event["config_key"]]] = ("RUNNING", at)
         elif kind == "report":
-            run = self._ids["config", event["config_key"]]
-            metric = self._plain["metric"]
-            self._metrics(run, {metric: event["values"].get(metric)}, at, event["epoch"])
+            self._report(event, at)
+        elif kind == "confirm":
+            tags = {"confirm": ", ".join(entry["label"] for entry in event["chosen"]) or "no config ran to its end"}
+            self._pending[self._ids["sweep", self._plain["name"]]]["tags"] += tags.items()
+        elif kind == "race":
+            alive = ", ".join(entry["label"] for entry in event["alive"])
+            tags = {"race": event["verdict"] or "going on", "race_left": alive}
+            self._pending[self._ids["sweep", self._plain["name"]]]["tags"] += tags.items()
         elif kind == "end":
             self._end(event, at)
         elif kind == "finish":
@@ -230,6 +241,7 @@ class Tracker:
     def _propose(self, event: Event, at: int) -> None:
         arms = {name: value for name, value in event["point"].items() if "." not in name}
         params = {**arms, **event["program"], **event["hyper"]}
+        phase = event.get("phase", "search")
         config = self._run(
             "config",
             event["config_key"],
@@ -244,8 +256,9 @@ class Tracker:
                 "run",
                 key,
                 config,
-                f"seed {seed} · {event['label']}",
+                f"{'confirm ' if phase == 'confirm' else ''}seed {seed} · {event['label']}",
                 {
+                    "phase": phase,
                     "algorithm": event["algorithm"],
                     "config_key": event["config_key"],
                     "run_key": key,
@@ -255,6 +268,15 @@ class Tracker:
             )
             self._pending[run]["params"] += [*params.items(), ("seed", seed)]
 
+    def _report(self, event: Event, at: int) -> None:
+        """The config's own curve: of the seeds it was proposed with, and beside it of those it is confirmed on."""
+        phase = self._table.rows[self._table.runs_of[event["trial"]][0]]["phase"]
+        metric = self._plain["metric"]
+        name = {"search": metric, "confirm": f"confirm/{metric}"}.get(phase)
+        if name:
+            run = self._ids["config", event["config_key"]]
+            self._metrics(run, {name: event["values"].get(metric)}, at, event["epoch"])
+
     def _end(self, event: Event, at: int) -> None:
         keys = self._table.runs_of.get(event["trial"], [])
         rows = [self._table.rows[key] for key in keys]
@@ -262,7 +284,7 @@ class Tracker:
             run = self._ids["run", key]
             self._pending[run]["tags"] += _tags(row, row["stop_reason"])
             spent = {"device_seconds": row["device_seconds"], "epochs": row["epoch"]}  # tags do not sort as numbers
-            self._metrics(run, {**_summary(row), **spent}, at, row["epoch"])
+            self._metrics(run, {**summary(row), **spent}, at, row["epoch"])
             self._status[run] = (STATUS.get(row["stop_reason"], "KILLED"), at)
         self._describe_config(event["config_key"], event["stop_reason"], at)
 
@@ -270,17 +292,10 @@ class Tracker:
         """Mean, spread and number of seeds of everything the config's runs ended with."""
         rows = [row for row in self._table.rows.values() if row["config_key"] == config_key]
         run = self._ids["config", config_key]
-        values: dict[str, float | None] = {"seeds": float(len(rows))}
-        for name in sorted({name for row in rows for name in _summary(row)}):
-            numbers = [row_value for row in rows if (row_value := _summary(row).get(name)) is not None]
-            finite = [value for value in numbers if math.isfinite(value)]
-            if finite:
-                mean = sum(finite) / len(finite)
-                values[name] = mean
-                if len(finite) > 1 and name.startswith("final/"):
-                    values[f"{name}_sd"] = math.sqrt(sum((x - mean) ** 2 for x in finite) / (len(finite) - 1))
+        costs = [name for name in self._plain.get("others", ()) if name in COSTS]
+        values = config_values(rows, {*costs, "device_seconds"})
+        values["epochs"] = float(min(row["epoch"] for row in rows))
         total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
-        values |= {"device_seconds": total["device_seconds"], "epochs": float(min(row["epoch"] for row in rows))}
         self._metrics(run, values, at, max(row["epoch"] for row in rows))
         self._pending[run]["tags"] += _tags(total, reason)
         self._status[run] = (STATUS.get(reason, "KILLED"), at)
@@ -288,24 +303,38 @@ class Tracker:
     def _finish(self, event: Event, at: int) -> None:
         sweep = self._ids["sweep", self._plain["name"]]
         metric, mode = self._plain["metric"], self._plain["mode"]
+        rows = list(self._table.rows.values())
         finals: dict[str, list[float]] = defaultdict(list)
-        for row in self._table.rows.values():
-            if row["stop_reason"] == "finished" and math.isfinite(value := row.get(f"final.{metric}", math.nan)):
-                finals[row["config_key"]].append(value)
-        means = [math.fsum(values) / len(values) for values in finals.values()]
+        for row in searched(rows):
+            if row["stop_reason"] == "finished" and math.isfinite(number := value(row, metric)):
+                finals[row["config_key"]].append(number)
+        means = [math.fsum(numbers) / len(numbers) for numbers in finals.values()]
         if means:  # a config's mean: the best of all runs would be the luckiest seed
             self._metrics(sweep, {f"best/{metric}": max(means) if mode == "max" else min(means)}, at, 0)
-        for row in self._table.rows.values():
+        metrics, tags = result(rows, self._confirm, self._plain)
+        self._metrics(sweep, metrics, at, 0)
+        self._pending[sweep]["tags"] += tags.items()
+        self._show_front(sweep, pareto_front(rows, self._plain))
+        for row in rows:
             if row["stop_reason"] == "cancelled":
                 for run in (self._ids["run", row["run_key"]], self._ids["config", row["config_key"]]):
                     self._pending[run]["tags"].append(("stop_reason", "cancelled"))
                     self._status[run] = ("KILLED", at)
         self._status[sweep] = ("FINISHED" if event["reason"] == "done" else "KILLED", at)
 
-    def _metrics(self, run: str, values: Mapping[str, float | None], at: int, step: int) -> None:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._pending[run]["metrics"].append((name, float(value), at, int(step)))
+    def _show_front(self, sweep: str, front: list[str] | None) -> None:
+        """Of several objectives: which configs nothing beats in all of them."""
+        if front is None:
+            return
+        labels = {row["config_key"]: row["label"] for row in self._table.rows.values()}
+        for key in labels:
+            self._pending[self._ids["config", key]]["tags"].append(("pareto", str(key in front).lower()))
+        self._pending[sweep]["tags"].append(("pareto_front", "; ".join(labels[key] for key in front)))
+
+    def _metrics(self, run: str, values: Mapping[str, float | None] | Mapping[str, float], at: int, step: int) -> None:
+        for name, number in values.items():
+            if number is not None and math.isfinite(number):
+                self._pending[run]["metrics"].append((name, float(number), at, int(step)))
 
     # --- curves ---
 
@@ -360,15 +389,6 @@ class Tracker:
 
 def _milliseconds(row: Mapping[str, Any]) -> int:
     return int(row["time"].timestamp() * 1000)
-
-
-def _summary(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """final/ and best/ values of a row of the runs table."""
-    return {
-        name.replace(".", "/", 1): value
-        for name, value in row.items()
-        if name.startswith(("final.", "best.")) and value is not None
-    }
 
 
 def _tags(row: Mapping[str, Any], reason: str) -> Iterable[tuple[str, str]]:
