@@ -21,6 +21,7 @@ from analysis.cli import app
 from analysis.curves import curve_metric, learning_curves
 from analysis.errors import UserError
 from analysis.journal import MARK
+from analysis.mlflow_link import fitting
 from analysis.report import write_report
 from analysis.store import open_sweep
 from analysis.summary import list_sweeps, pivot, scores, summarise
@@ -300,7 +301,7 @@ def test_broken_files_are_named_in_one_line(tmp_path):
 def test_report_and_description_reach_the_sweeps_mlflow_run(tmp_path):
     from mlflow.tracking import MlflowClient
 
-    from analysis.mlflow_link import fitting, log_to_sweep_run
+    from analysis.mlflow_link import log_to_sweep_run
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
