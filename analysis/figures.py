@@ -207,7 +207,7 @@ def _x_scale(ax: Axes, values: pd.Series, log: bool, categories: Sequence[str]) 
     if log:
         ax.set_xscale("log")
     points = sorted(values.astype(float).unique())
-    if 1 < len(points) <= 9:
+    if 1 < len(points) <= 9 and all(len(f"{p:g}") <= 6 for p in points):  # a grid's values, not a range's
         ax.set_xticks(points, [f"{p:g}" for p in points])
         ax.xaxis.set_minor_locator(NullLocator())
         if sum(len(f"{p:g}") for p in points) > 22:

@@ -95,7 +95,9 @@ def _kept(path: Path) -> str:
 
 def block(sweep: Sweep, metric: str | None = None) -> str:
     """The generated part: what was varied, every config's line, observations, stop reasons, time and devices."""
-    parts = {section: [t for s, _, t in _lines(sweep, metric) if s == section] for section in _SECTIONS}
+    parts: dict[str, list[str]] = {section: [] for section in _SECTIONS}
+    for section, _, text in _lines(sweep, metric):
+        parts[section].append(text)
     listed = parts["run"][:LISTED]
     if len(parts["run"]) > LISTED:
         listed.append(f"... and {len(parts['run']) - LISTED} more")

@@ -40,12 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configs", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--storage", type=Path, help="where the sweep is, or is made [a temporary folder]")
     parser.add_argument("--shots", type=Path, help="folder for screenshots")
     args = parser.parse_args()
     rows: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        storage = Path(scratch)
-        folder = write(storage, "large", args.configs, args.seeds)
+        storage = args.storage or Path(scratch)
+        folder = storage / "large"
+        if not folder.exists():
+            write(storage, "large", args.configs, args.seeds)
         began, cpu = time.perf_counter(), time.process_time()
         sent = tuning.sync.deliver(folder)
         rows.append((f"delivering {sent:,} events and points to sqlite", time.perf_counter() - began))
