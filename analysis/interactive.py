@@ -121,7 +121,7 @@ def parallel_coordinates(table: pd.DataFrame, axes: Sequence[str], metric: str, 
         label = escape(axis.removeprefix("axis."))
         if pd.api.types.is_numeric_dtype(values):
             log = is_log(values)
-            known = np.log10(values.astype(float)) if log else values.astype(float)
+            known = values.astype(float).map(np.log10) if log else values.astype(float)
             dimension = {"label": f"log10 {label}" if log else label, "values": known}
             if known.isna().any():
                 dimension |= _with_none(known)
