@@ -178,11 +178,18 @@ def note(
 
 
 @command
-def doctor(name: Name, storage: Storage = DEFAULT_STORAGE, metric: Metric = None) -> None:
+def doctor(
+    name: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    metric: Metric = None,
+    controls: Annotated[
+        str | None, typer.Option(help="a sweep of the same space that ran with --scheduler none", show_default=False)
+    ] = None,
+) -> None:
     """Check the sweep's health: PASS, WARN or FAIL with evidence and advice."""
     from analysis.doctor import examine
 
-    cards = examine(storage, name, metric)
+    cards = examine(storage, name, metric, controls)
     if not len(cards):
         print("nothing yet")
     for card in cards.to_dict("records"):

@@ -219,6 +219,27 @@ def test_early_ranks_that_mislead(tmp_path):
     assert "7. then" in found["evidence"]
 
 
+def test_controls_tell_whether_pruning_was_safe(tmp_path):
+    """Survivors agree with their early ranks; controls show that late bloomers were lost."""
+    rule = {"name": "asha", "grace": 3, "reduction_factor": 3, "max_t": 27, "rungs": [3, 9]}
+    early = [Arm(f"x={i}", 0.80 + 0.01 * i, axis={"x": float(i)}, tau=2.0) for i in range(9)]
+    pruned = [replace(arm, stop_epoch=None if i > 3 else 3) for i, arm in enumerate(early)]
+    write_sweep(tmp_path, pruned, epochs=27, scheduler=rule)
+    alone = card(tmp_path, "early ranks")
+    assert (alone["status"], "4 were pruned" in alone["evidence"]) == ("PASS", True)
+    assert "--controls" in alone["advice"]
+    late = [replace(arm, tau=0.5 * 1.8**i) for i, arm in enumerate(early)]
+    for name, arms, status in (("same", early, "PASS"), ("late", late, "FAIL")):
+        write_sweep(tmp_path, arms, name=name, epochs=27)
+        found = examine(tmp_path, "demo", controls=name).set_index("check").loc["early ranks"]
+        assert found["status"] == status, found["evidence"]
+        assert f"9 controls of {name}, none of them pruned" in found["evidence"]
+    assert float(re.search(r"keeps their winner in (\d+)%", found["evidence"])[1]) < 50
+    write_sweep(tmp_path, early, name="short", epochs=9)
+    with pytest.raises(UserError, match="runs 9 epochs, demo 27"):
+        examine(tmp_path, "demo", controls="short")
+
+
 def test_noise_that_hides_everything(tmp_path):
     write_sweep(tmp_path, [Arm(f"x={i}", 0.9, axis={"x": float(i)}, sd=0.02) for i in range(6)], rng_seed=3)
     assert card(tmp_path, "noise")["status"] == "FAIL"
