@@ -53,6 +53,7 @@ def curves(data: Curves, labels: Mapping[str, str]) -> go.Figure:
             x=band_x,
             y=band_y,
             fill="toself",
+            mode="lines",
             fillcolor=_faint(colour),
             line={"width": 0},
             hoverinfo="skip",
@@ -64,6 +65,7 @@ def curves(data: Curves, labels: Mapping[str, str]) -> go.Figure:
             y=rows["mean"],
             name=escape(label),
             legendgroup=key,
+            mode="lines",
             line={"color": colour, "dash": DASHES[index % len(DASHES)]},
             customdata=np.stack([rows["sd"].fillna(0), rows["n"]], axis=-1),
             hovertemplate="%{y:.4f} ± %{customdata[0]:.4f} (n=%{customdata[1]})",
@@ -119,15 +121,32 @@ def parallel_coordinates(table: pd.DataFrame, axes: Sequence[str], metric: str, 
         label = escape(axis.removeprefix("axis."))
         if pd.api.types.is_numeric_dtype(values):
             log = is_log(values)
-            known = np.log10(values.astype(float)) if log else values.astype(float)
-            dimensions.append({"label": f"log10 {label}" if log else label, "values": known})
+            known = values.astype(float).map(np.log10) if log else values.astype(float)
+            dimension = {"label": f"log10 {label}" if log else label, "values": known}
+            if known.isna().any():
+                dimension |= _with_none(known)
+            dimensions.append(dimension)
         else:
-            codes, names = pd.factorize(values.map(plain))
+            codes, names = pd.factorize(values.map(lambda value: plain(value) or "none"))
             texts = [escape(name) for name in names]
             dimensions.append({"label": label, "values": codes, "tickvals": list(range(len(names))), "ticktext": texts})
     dimensions.append({"label": metric, "values": rows["mean"]})
     line = {"color": rows["mean"], "colorscale": "Cividis", "reversescale": mode == "min", "showscale": True}
     return go.Figure(go.Parcoords(dimensions=dimensions, line=line), layout=LAYOUT)
+
+
+def _with_none(values: pd.Series) -> dict[str, Any]:
+    """Values and ticks of an axis that some configs do not have: they pass below its foot. (A line with a gap anywhere
+    would not be drawn at all.)"""
+    low, high = values.min(), values.max()
+    span = (high - low) or 1.0
+    ticks = [low - 0.15 * span, *np.linspace(low, high, 5)]
+    return {
+        "values": values.fillna(ticks[0]),
+        "tickvals": ticks,
+        "ticktext": ["none", *(f"{tick:.3g}" for tick in ticks[1:])],
+        "range": [ticks[0] - 0.05 * span, high],
+    }
 
 
 def heat_map(cells: pd.DataFrame, rows: str, columns: str, mode: str = "max") -> go.Figure:

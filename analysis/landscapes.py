@@ -108,7 +108,8 @@ def parallel_coordinates(table: pd.DataFrame, axes: Sequence[str], metric: str, 
         for height, text in labels:
             ax.text(x + 0.02, height, short(text, 14), fontsize=7, va="center", bbox=_HALO)
     names = [short(c.removeprefix("axis."), 18) for c in axes] + [short(metric, 20)]
-    ax.set_xticks(range(len(columns)), names)
+    crowded = sum(map(len, names)) > 70
+    ax.set_xticks(range(len(columns)), names, rotation=15 * crowded, ha="right" if crowded else "center")
     ax.set_yticks([])
     ax.set_xlim(-0.1, len(columns) - 1 + 0.35)
     for side in ("left", "bottom"):
@@ -198,7 +199,7 @@ def rung_diagram(table: pd.DataFrame, rungs: Sequence[int], metric: str, unit: s
     ax.grid(False)
     ax.set_xlim(0, None)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=4)
     figure.colorbar(ScalarMappable(norm, cmap), ax=ax).set_label(f"last value of {with_unit(metric, unit)}")
     return figure
 

@@ -26,10 +26,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Patient:
-    """What the checks look at, each part read once."""
+    """What the checks look at, each part read once.
+
+    Args:
+        controls: a sweep of the same kind without pruning.
+    """
 
     sweep: Sweep
     metric: str
+    controls: Sweep | None = None
 
     @cached_property
     def runs(self) -> pd.DataFrame:

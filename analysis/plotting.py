@@ -26,7 +26,7 @@ DRAWN = 6
 """Configs with a curve of their own."""
 
 MOST_CELLS = 12
-"""Values a side of a heat map; an axis with more of them is a range, and is cut into eight parts."""
+"""Values a side of a heat map; an axis with more of them is cut into parts, as a range is."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,20 @@ class Subject:
 
 
 def _binned(cells: pd.DataFrame, mode: str) -> pd.DataFrame:
-    """Cells of ranges gathered into eight parts a side, the best config of each."""
+    """Cells of ranges gathered into at most eight parts a side, the best config of each.
+
+    An axis is a range where most of its values were tried once.
+    """
+    configs = len(cells)
     for side in ("row", "column"):
-        if cells[side].nunique() > MOST_CELLS and pd.api.types.is_numeric_dtype(cells[side]):
+        values = cells[side].nunique()
+        if pd.api.types.is_numeric_dtype(cells[side]) and (values > MOST_CELLS or values > max(3, 0.5 * configs)):
+            count = min(8, max(3, round(configs**0.5)))
             log = figures.is_log(cells[side])
             x = np.log(cells[side]) if log else cells[side].astype(float)
-            parts = np.clip(((x - x.min()) / (x.max() - x.min()) * 8).astype(int), 0, 7)
-            centre = x.min() + (parts + 0.5) / 8 * (x.max() - x.min())
-            cells = cells.assign(**{side: np.round(np.exp(centre), 8) if log else centre})
+            parts = np.clip(((x - x.min()) / (x.max() - x.min()) * count).astype(int), 0, count - 1)
+            centre = x.min() + (parts + 0.5) / count * (x.max() - x.min())
+            cells = cells.assign(**{side: np.exp(centre) if log else centre})
             cells[side] = cells[side].map(lambda v: float(f"{v:.2g}"))
     cells = cells.sort_values("mean", ascending=mode == "min", kind="stable")
     return cells.drop_duplicates(["row", "column"]).sort_values(["row", "column"])
@@ -154,7 +160,7 @@ KINDS: dict[str, Kind] = {
         lambda s: interactive.hyper_vs_result(s.table, s.axes, s.metric),
     ),
     "heatmap": Kind(
-        "Mean over seeds of each pair of values, at its best setting of the other axes.",
+        "Mean over seeds of each pair of values, at its best setting of the other axes. Ranges are cut into parts.",
         lambda s: len([a for a in s.axes if s.judged[a].notna().all()]) > 1 and len(s.judged) > 3,
         lambda s: landscapes.heat_map(s.cells, *s.sides, s.metric, s.unit, s.mode),
         lambda s: interactive.heat_map(s.cells, *s.sides, s.mode),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from PIL import Image
 
 from analysis import figures, interactive
 from analysis.confirmation import confirmed_table, flattery, ties
@@ -67,7 +68,11 @@ def write_report(
 def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
     sweep, runs, table, metric = subject.sweep, subject.runs, subject.table, subject.metric
     environment = Environment(loader=PackageLoader("analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    images = [(text, path.name, base64.b64encode(path.read_bytes()).decode()) for text, path in pictures.items()]
+    images = [
+        (text, path.name, _shown_width(path), base64.b64encode(path.read_bytes()).decode())
+        for text, path in pictures.items()
+    ]
+    axes = _unsaid(table.head(SHOWN), sweep.axis_columns(table))
     cards = sorted(cards_of(sweep, metric), key=lambda card: ("FAIL", "WARN", "PASS").index(card.status))
     confirmed = scores(sweep, metric, subject.at, phase="confirm")
     return environment.get_template("report.html").render(
@@ -80,8 +85,8 @@ def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
         better={"max": "higher is better", "min": "lower is better"}.get(sweep.mode(metric), "no direction"),
         at=subject.at,
         running=int((~runs["stop_reason"].isin(ENDED)).sum()),
-        rows=[_row(row) for row in table.head(SHOWN).to_dict("records")],
-        axes=[axis.removeprefix("axis.") for axis in sweep.axis_columns(table)],
+        rows=[_row(row, axes) for row in table.head(SHOWN).to_dict("records")],
+        axes=[axis.removeprefix("axis.") for axis in axes],
         hidden=max(0, len(table) - SHOWN),
         confirmed=[_confirmed(row) for row in confirmed_table(sweep, runs, confirmed, metric).to_dict("records")],
         ties=ties(sweep),
@@ -91,6 +96,21 @@ def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
         cards=cards,
         images=images,
     )
+
+
+def _shown_width(picture: Path) -> int:
+    """CSS pixels: letters of all figures come out equally large, a little larger than in print."""
+    with Image.open(picture) as image:
+        return round(image.width / figures.DPI * 144)
+
+
+def _unsaid(table: pd.DataFrame, axes: Sequence[str]) -> list[str]:
+    """Axes whose values the configs' labels do not say already."""
+    return [
+        axis
+        for axis in axes
+        if not all(_cell(value) in str(label) for label, value in zip(table["label"], table[axis], strict=True))
+    ]
 
 
 def _confirmed(row: dict[Any, Any]) -> dict[str, Any]:
@@ -120,7 +140,7 @@ def _front(subject: Subject) -> list[dict[str, Any]]:
     ]
 
 
-def _row(row: Mapping[Any, Any]) -> dict[str, Any]:
+def _row(row: Mapping[Any, Any], axes: Sequence[str]) -> dict[str, Any]:
     sd = row["sd"]
     interval = (
         f"{figures.rounded(row['low'], sd)} … {figures.rounded(row['high'], sd)}" if np.isfinite(row["low"]) else "–"
@@ -137,7 +157,7 @@ def _row(row: Mapping[Any, Any]) -> dict[str, Any]:
         "time": duration(row["device_seconds"]),
         "device": row["device"],
         "judged": row["judged"],
-        "axes": [_cell(value) for name, value in row.items() if name.startswith("axis.")],
+        "axes": [_cell(row[axis]) for axis in axes],
     }
 
 

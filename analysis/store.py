@@ -252,7 +252,10 @@ class Sweep:
         data = self._dataset("covariates")
         if data is None:
             return []
-        return sorted(pc.unique(data.to_table(columns=["name"])["name"]).to_pylist())
+        names: set[str] = set()
+        for batch in data.to_batches(columns=["name"]):
+            names.update(pc.unique(batch["name"]).to_pylist())
+        return sorted(names)
 
     @_reading
     def metrics_of(self, table: str) -> list[str]:

@@ -251,6 +251,15 @@ def _part(array: Any) -> tuple | None:
     return str(array.filename), array.ctypes.data - whole.ctypes.data, array.shape, array.strides, array.dtype.str
 
 
+def described(label: str, device: str) -> str:
+    """A device with its model, for readers who wonder about times: `cuda:0@10.0.0.2 NVIDIA H200`."""
+    if device != "cuda":
+        return label
+    import torch
+
+    return f"{label} {torch.cuda.get_device_name()}"
+
+
 class HostActor:
     """The host behind Ray: calls are queued, a thread of its own trains, reports wake whoever waits for them."""
 
@@ -313,7 +322,8 @@ class HostActor:
                 name, args, done = self._commands.get()
                 try:
                     if host is None:
-                        host = Host(self._settings, self._device, self._label, self._on_rate)
+                        label = described(self._label, self._device)
+                        host = Host(self._settings, self._device, label, self._on_rate)
                     getattr(host, name)(*args)
                     self._tell(_settle, done, None)
                 except Exception as error:

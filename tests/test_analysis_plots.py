@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from typer.testing import CliRunner
 
-from analysis import figures, landscapes
+from analysis import figures, interactive, landscapes
 from analysis.cli import app
 from analysis.compare import grid
 from analysis.curves import learning_curves
@@ -143,6 +143,23 @@ def test_interactive_figures_hold_the_numbers(tmp_path):
     text = page[page.rindex("Plotly.newPlot") :]
     assert json.dumps("lr=0.01") in text
     assert '"type":"log"' in text
+
+
+def test_interactive_lines_pass_axes_that_a_config_does_not_have(tmp_path):
+    """Plotly draws no line that has a gap."""
+    arms = [
+        Arm(f"c{i}", 0.9 - 0.01 * i, axis={"method": "l2", "l2": 10.0**-i} if i % 2 else {"method": "none"})
+        for i in range(8)
+    ]
+    write_sweep(tmp_path, arms, space=[{"name": "method", "kind": "choice", "values": ["l2", "none"]}], epochs=3)
+    sweep = open_sweep(tmp_path, "demo")
+    table = summarise(sweep, scores(sweep))
+    figure = interactive.parallel_coordinates(table, ["axis.method", "axis.l2"], "last_test_acc")
+    lines = figure.data[0].dimensions
+    assert all(np.isfinite(np.asarray(dimension["values"], dtype=float)).all() for dimension in lines)
+    numeric = next(d for d in lines if d["label"].endswith("l2"))
+    assert numeric["ticktext"][0] == "none"
+    assert sum(np.asarray(numeric["values"]) == numeric["tickvals"][0]) == 4
 
 
 def test_command_line_and_refusals(tmp_path):

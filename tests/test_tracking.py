@@ -93,7 +93,8 @@ def test_tags_params_and_summaries_are_the_runs_table_s(undisturbed, uri):
         assert run.data.metrics["final/test_loss"] == pytest.approx(rows["final.test_loss"].mean())
         assert run.data.metrics["final/test_loss_sd"] == pytest.approx(rows["final.test_loss"].std())
         assert set(LISTED) - {"run_key", "seed"} <= set(run.data.tags)
-    assert tree["sweep"][0].data.metrics["best/test_loss"] == table["final.test_loss"].min()
+    means = table[table.stop_reason == "finished"].groupby("config_key")["final.test_loss"].mean()
+    assert tree["sweep"][0].data.metrics["best/test_loss"] == pytest.approx(means.min())
 
 
 def test_curves_are_the_parquet_s(undisturbed, uri):
@@ -103,6 +104,29 @@ def test_curves_are_the_parquet_s(undisturbed, uri):
         for name in ("test_loss", "train_loss"):
             points = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, name))
             assert points == list(zip(rows.epoch, rows[name], strict=True))
+
+
+def test_a_config_s_curve_is_the_mean_of_its_seeds(undisturbed, uri):
+    client, epochs = MlflowClient(uri), undisturbed.table("epochs")
+    for run in tree_of(uri)["config"]:
+        rows = epochs[epochs.config_key == run.data.tags["config_key"]]
+        assert rows.run_key.nunique() == 2
+        points = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, "train_loss"))
+        means = rows.groupby("epoch").train_loss.mean()
+        assert [step for step, _ in points] == list(means.index)
+        assert [value for _, value in points] == pytest.approx(list(means))
+
+
+def test_the_page_of_the_experiment_shows_finished_configs_best_first(undisturbed, uri):
+    tags = MlflowClient(uri).get_experiment_by_name("tests.toys.regression/grid").tags
+    view = json.loads(json.loads(tags["mlflow.sharedViewState.lanewise"])["state"])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`final/test_loss`", True)
+    assert {"params.`lr`", "metrics.`final/test_loss_sd`"} <= set(view["selectedColumns"])
+    run = tree_of(uri)["config"][0]
+    kinds = {"params": run.data.params, "metrics": run.data.metrics}
+    for column in view["selectedColumns"]:
+        kind, name = column.rstrip("`").split(".`")
+        assert name in kinds[kind]
 
 
 def test_the_sweep_run_holds_the_artifacts(undisturbed, uri):

@@ -56,7 +56,7 @@ def _means(rows: Sequence[Row], costs: Iterable[str]) -> Values:
         finite = [v for column in columns if (v := column.get(name)) is not None and math.isfinite(v)]
         if finite:
             values[name] = statistics.fmean(finite)
-            if len(finite) > 1:
+            if len(finite) > 1 and not name.startswith("best/"):
                 values[f"{name}_sd"] = statistics.stdev(finite)
     return values
 

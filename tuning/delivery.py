@@ -30,7 +30,7 @@ class Delivery:
         self._recorder = [sys.executable, "-m", "tuning.sync", *of_sweep, "--follow", str(os.getpid())]
         self._sync, self._looked = _start(self._recorder), time.monotonic()
         # the report goes to MLflow with the recorder's other files: it need not load MLflow, too
-        self._command = [sys.executable, "-m", "analysis", "report", *of_sweep, "--tracking-uri", "none"]
+        self._command = [sys.executable, "-m", "analysis", "report", *of_sweep, "--journal", "--tracking-uri", "none"]
         self._report = _start([*self._command, "--when-told"])
 
     def check(self) -> None:

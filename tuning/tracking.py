@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from trainables.files import write_atomically
 from tuning.aggregates import config_values, cost_tags, pareto_front, result, summary
 from tuning.journal import Event, read
+from tuning.mlflow_page import fitting, page_tags
 from tuning.objectives import COSTS, searched, value
 from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
@@ -82,6 +83,8 @@ class Tracker:
         self._runs: TrackedRuns | None = None
         self._pending: dict[str, dict[str, list]] = defaultdict(lambda: {"metrics": [], "params": [], "tags": []})
         self._status: dict[str, tuple[str, int]] = {}
+        self._seeds: dict[str, frozenset[str]] = {}  # config -> its runs, as first proposed
+        self._waiting: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}  # (config, epoch) -> run -> its row
         self._confirm: Event | None = None
         self.finished = False
 
@@ -104,12 +107,20 @@ class Tracker:
             "git_dirty": str(git["dirty"]).lower(),
         }
         self._runs = TrackedRuns(self._client, identity, self._plain["name"], tags)
+        for key, text in page_tags(self._plain).items():
+            if experiment is None or experiment.tags.get(key) != text:
+                self._client.set_experiment_tag(identity, key, text)
         self._sweep_run()
         # the table needs the whole past, the delivery only what is new
         for event, offset in read(self._folder / "journal.jsonl"):
             if offset <= self._state["offset"]:
                 self._table.apply(event)
+                self._note_runs(event)
                 self._note_finish(event)
+        # epochs that some seeds of a config had reached, and others not yet
+        for row in self._rows_of(self._state["parts"], {}):
+            if row["run_key"] in self._table.rows and self._shown(row):
+                self._gather(row)
 
     def deliver(self) -> int:
         """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
@@ -121,6 +132,7 @@ class Tracker:
                 if after > batch["offset"]:
                     break
                 self._table.apply(event)
+                self._note_runs(event)
                 self._event(event)
                 self._note_finish(event)
                 sent += 1
@@ -220,6 +232,10 @@ class Tracker:
                 self._client.set_tag(run, f"{kind}_folder", str(folder.resolve()))
         if (self._folder / "report").is_dir():
             self._client.log_artifacts(run, str(self._folder / "report"), "report")
+        journal = self._folder / "journal.md"
+        if journal.is_file():
+            self._client.log_artifact(run, str(journal), "report")
+            self._client.set_tag(run, "mlflow.note.content", fitting(journal.read_text(encoding="utf-8")))
 
     # --- runs ---
 
@@ -235,6 +251,10 @@ class Tracker:
             self._pending[run]["params"] += params.items()
 
     # --- events ---
+
+    def _note_runs(self, event: Event) -> None:
+        if event["event"] == "proposed":
+            self._seeds.setdefault(event["config_key"], frozenset(event["runs"].values()))
 
     def _note_finish(self, event: Event) -> None:
         if event["event"] in ("begin", "finish"):
@@ -268,7 +288,8 @@ class Tracker:
             self._finish(event, at)
 
     def _propose(self, event: Event, at: int) -> None:
-        params = {**event["program"], **event["hyper"]}
+        arms = {name: value for name, value in event["point"].items() if "." not in name}
+        params = {**arms, **event["program"], **event["hyper"]}
         assert self._runs is not None
         parent = {"mlflow.parentRunId": self._id("sweep", self._plain["name"])}
         tags = {"algorithm": event["algorithm"], "config_key": event["config_key"]}
@@ -296,7 +317,8 @@ class Tracker:
         for key, row in zip(keys, rows, strict=True):
             run = self._id("run", key)
             self._pending[run]["tags"] += cost_tags(row, row["stop_reason"])
-            self._metrics(run, summary(row), at, row["epoch"])
+            spent = {"device_seconds": row["device_seconds"], "epochs": row["epoch"]}  # tags do not sort as numbers
+            self._metrics(run, {**summary(row), **spent}, at, row["epoch"])
             self._status[run] = (STATUS.get(row["stop_reason"], "KILLED"), at)
         self._describe_config(event["config_key"], event["stop_reason"], at)
 
@@ -305,9 +327,10 @@ class Tracker:
         rows = self._table.of_config[config_key]
         run = self._id("config", config_key)
         costs = [name for name in self._plain.get("others", ()) if name in COSTS]
-        values = config_values(rows, costs)
-        self._metrics(run, values, at, max(row["epoch"] for row in rows))
+        values = config_values(rows, {*costs, "device_seconds"})
+        values["epochs"] = float(min(row["epoch"] for row in rows))
         total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
+        self._metrics(run, values, at, max(row["epoch"] for row in rows))
         self._pending[run]["tags"] += cost_tags(total, reason)
         self._status[run] = (STATUS.get(reason, "KILLED"), at)
 
@@ -315,9 +338,13 @@ class Tracker:
         sweep = self._id("sweep", self._plain["name"])
         metric, mode = self._plain["metric"], self._plain["mode"]
         rows = list(self._table.rows.values())
-        finite = [number for row in searched(rows) if math.isfinite(number := value(row, metric))]
-        if finite:
-            self._metrics(sweep, {f"best/{metric}": max(finite) if mode == "max" else min(finite)}, at, 0)
+        finals: dict[str, list[float]] = defaultdict(list)
+        for row in searched(rows):
+            if row["stop_reason"] == "finished" and math.isfinite(number := value(row, metric)):
+                finals[row["config_key"]].append(number)
+        means = [math.fsum(numbers) / len(numbers) for numbers in finals.values()]
+        if means:  # a config's mean: the best of all runs would be the luckiest seed
+            self._metrics(sweep, {f"best/{metric}": max(means) if mode == "max" else min(means)}, at, 0)
         metrics, tags = result(rows, self._confirm, self._plain)
         self._metrics(sweep, metrics, at, 0)
         self._pending[sweep]["tags"] += tags.items()
@@ -354,19 +381,19 @@ class Tracker:
         the batch was noted: what else that holds is sent now or found to be known later.
         """
         logged = dict[str, int]()
-        for row in sorted(self._rows_of(parts), key=lambda row: (row["time"], row["epoch"])):
+        for row in sorted(self._rows_of(parts, self._state["parts"]), key=lambda row: (row["time"], row["epoch"])):
             if row["run_key"] in self._table.rows:
                 self._point(row, logged)
         return logged
 
-    def _rows_of(self, parts: dict[str, int]) -> list[dict[str, Any]]:
-        """Rows of parts not sent before; from the start where one was merged while it was read."""
+    def _rows_of(self, parts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
+        """Rows of parts up to these numbers and after those before; from the start where one was merged meanwhile."""
         for attempt in range(ATTEMPTS):
             try:
                 return [
                     row
                     for part in not_merged(parts_in(self._folder / "epochs"))
-                    if part.first <= parts.get(part.writer, 0) and part.last > self._state["parts"].get(part.writer, 0)
+                    if part.first <= parts.get(part.writer, 0) and part.last > before.get(part.writer, 0)
                     for row in pq.read_table(part.path).to_pylist()
                 ]
             except FileNotFoundError:
@@ -374,17 +401,33 @@ class Tracker:
                     raise
         raise AssertionError
 
+    def _shown(self, row: dict[str, Any]) -> bool:
+        """Whether a curve of about CURVE_POINTS points has this one."""
+        total = self._table.rows[row["run_key"]]["epochs_total"]
+        return row["epoch"] % -(-total // CURVE_POINTS) == 0 or row["epoch"] == total
+
     def _point(self, row: dict[str, Any], logged: dict[str, int]) -> None:
         key, epoch = row["run_key"], row["epoch"]
-        total = self._table.rows[key]["epochs_total"]
-        stride = -(-total // CURVE_POINTS)
-        done = logged.get(key, self._state["logged"].get(key, 0))
-        if epoch <= done or (epoch % stride and epoch != total):
+        if epoch <= logged.get(key, self._state["logged"].get(key, 0)) or not self._shown(row):
             return
-        at = int(row["time"].timestamp() * 1000)
         values = {name: row[name] for name in self._plain["metrics"] if row.get(name) is not None}
-        self._metrics(self._id("run", key), values, at, epoch)
+        self._metrics(self._id("run", key), values, _milliseconds(row), epoch)
         logged[key] = epoch
+        whole = self._gather(row)
+        names = [name for name in self._plain["metrics"] if whole and all(r.get(name) is not None for r in whole)]
+        means = {name: math.fsum(r[name] for r in whole) / len(whole) for name in names}
+        if means:
+            run = self._id("config", row["config_key"])
+            self._metrics(run, means, max(map(_milliseconds, whole)), epoch)
+
+    def _gather(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of all seeds of the config at this epoch, once the last of them is here; until then none."""
+        config, place = row["config_key"], (row["config_key"], row["epoch"])
+        if row["run_key"] not in self._seeds[config]:
+            return []
+        rows = self._waiting.setdefault(place, {})
+        rows[row["run_key"]] = row
+        return list(self._waiting.pop(place).values()) if len(rows) == len(self._seeds[config]) else []
 
     def _id(self, kind: str, key: str) -> str:
         assert self._runs is not None
@@ -392,6 +435,10 @@ class Tracker:
 
     def _save(self) -> None:
         write_atomically(self._path, json.dumps(self._state).encode())
+
+
+def _milliseconds(row: Mapping[str, Any]) -> int:
+    return int(row["time"].timestamp() * 1000)
 
 
 def _batches(metrics: list, params: list, tags: list) -> Iterable[tuple[list, list, list]]:
