@@ -135,7 +135,8 @@ def test_the_sweep_run_holds_the_artifacts(undisturbed, uri):
     names = {item.path for item in client.list_artifacts(top.info.run_id)}
     assert {"sweep.json", "runs.parquet", "epochs", "steps", "report"} <= names
     report = {item.path for item in client.list_artifacts(top.info.run_id, "report")}
-    assert {f"report/{path.name}" for path in (undisturbed.folder / "report").iterdir()} == report
+    files = [*(undisturbed.folder / "report").iterdir(), undisturbed.folder / "journal.md"]
+    assert {f"report/{path.name}" for path in files} == report
 
 
 def test_a_follower_delivers_at_a_word_and_ends_when_its_driver_hangs_up(undisturbed, tmp_path):
@@ -159,7 +160,7 @@ def test_a_follower_delivers_at_a_word_and_ends_when_its_driver_hangs_up(undistu
         assert sync.wait() == 0
     (top,) = tree_of(own["tracking_uri"])["sweep"]
     client = MlflowClient(own["tracking_uri"])
-    assert [item.path for item in client.list_artifacts(top.info.run_id, "report")] == ["report/index.html"]
+    assert [item.path for item in client.list_artifacts(top.info.run_id, "report")] == ["report/index.html", "report/journal.md"]
 
 
 def test_delivering_again_changes_nothing_even_if_the_place_is_forgotten(undisturbed, uri):
