@@ -53,14 +53,30 @@ def report(
     metric: Metric = None,
     at: At = "final",
     curve: Annotated[str | None, typer.Option(help="metric of the learning curves", show_default=False)] = None,
+    journal: Annotated[
+        bool, typer.Option("--journal", help="write the journal, too, as a sweep does at its end")
+    ] = False,
     tracking_uri: TrackingUri = None,
+    when_told: Annotated[
+        bool, typer.Option("--when-told", help="get ready, then wait for a line on standard input", hidden=True)
+    ] = False,
 ) -> None:
     """Write the HTML report with its figures, and log it on the sweep's MLflow run."""
     from analysis.report import write_report
 
+    if when_told and not sys.stdin.readline():
+        return  # whoever would have told is gone
+
     made = write_report(storage, name, metric, at, curve)
     print(made.page)
-    log(storage, name, tracking_uri, made.files)
+    files, text = made.files, None
+    if journal:
+        from analysis.journal import write_journal
+
+        path = write_journal(storage, name, metric)
+        print(path)
+        files, text = [*files, path], path.read_text(encoding="utf-8")
+    log(storage, name, tracking_uri, files, text)
 
 
 def log(storage: str, name: str, uri: str | None, files: list[Path], description: str | None = None) -> None:
@@ -103,14 +119,20 @@ def compare(
     pick: Annotated[str, typer.Option(help="best: each arm's best config; all: mean over shared settings")] = "best",
     paired: Annotated[bool, typer.Option(help="compare seed by seed")] = True,
     alpha: Annotated[float, typer.Option(help="significance, after Holm's correction")] = 0.05,
+    phase: Annotated[
+        str | None,
+        typer.Option(help="confirm: results on fresh seeds; search: scores chosen by [results where there are]"),
+    ] = None,
 ) -> None:
     """Say which arms differ, seed by seed, corrected for the number of comparisons."""
     from analysis import compare as comparing
 
     kind: Any = test
     picked: Any = pick
-    found = comparing.compare(storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha)
-    show(found.arms, f"{found.metric} at {at}")
+    found = comparing.compare(
+        storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha, phase
+    )
+    show(found.arms, f"{found.metric} at {at}" + (", result on fresh seeds" if found.phase == "confirm" else ""))
     print()
     show(found.pairs)
     print()
@@ -145,7 +167,7 @@ def journal(
     path = write_journal(storage, name, metric)
     text = path.read_text(encoding="utf-8")
     print(text)
-    log(storage, name, tracking_uri, [], text)
+    log(storage, name, tracking_uri, [path], text)
 
 
 @command
@@ -160,15 +182,22 @@ def note(
 
     path = add_note(storage, name, text)
     print(path)
-    log(storage, name, tracking_uri, [], path.read_text(encoding="utf-8"))
+    log(storage, name, tracking_uri, [path], path.read_text(encoding="utf-8"))
 
 
 @command
-def doctor(name: Name, storage: Storage = DEFAULT_STORAGE, metric: Metric = None) -> None:
+def doctor(
+    name: Name,
+    storage: Storage = DEFAULT_STORAGE,
+    metric: Metric = None,
+    controls: Annotated[
+        str | None, typer.Option(help="a sweep of the same space that ran with --scheduler none", show_default=False)
+    ] = None,
+) -> None:
     """Check the sweep's health: PASS, WARN or FAIL with evidence and advice."""
     from analysis.doctor import examine
 
-    cards = examine(storage, name, metric)
+    cards = examine(storage, name, metric, controls)
     if not len(cards):
         print("nothing yet")
     for card in cards.to_dict("records"):

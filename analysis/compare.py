@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from analysis.confirmation import phase_to_compare
 from analysis.errors import UserError, unknown
 from analysis.figures import rounded
-from analysis.selection import more_seeds, probability_best, verdict
-from analysis.statistics import Test, difference, equivalent, holm, interquartile_mean, t_interval
+from analysis.selection import more_seeds, probability_best, verdict, winners_curse
+from analysis.statistics import Test, bootstrap_interval, difference, equivalent, holm, t_interval
 from analysis.store import Sweep, open_sweep
 from analysis.summary import scores
 
@@ -31,11 +32,12 @@ class Comparison:
     """What `compare` found.
 
     Args:
-        arms: `arm, config` (the one that stands for it), `configs` (it was picked from), `n, mean, sd, low, high, iqm,
-            p_best`, best first.
+        arms: `arm, config` (the one that stands for it), `configs` (it was picked from), `n, mean, sd, low, high` (t
+            interval), `median, iqm, iqm_low, iqm_high` (bootstrap interval), `p_best`, best first.
         pairs: `a, b` (a has the better mean), `difference` (a - b), `low, high` (95%), `p, p_holm, test, paired, n,
             effect, superiority, verdict, more_seeds`.
         notes: what a reader has to know: runs left out, floors of the test, choice on the same seeds.
+        phase: "confirm" where only runs on fresh seeds were compared, else "search".
     """
 
     metric: str
@@ -43,6 +45,7 @@ class Comparison:
     arms: pd.DataFrame
     pairs: pd.DataFrame
     notes: list[str]
+    phase: str = "search"
 
 
 def compare(
@@ -58,6 +61,7 @@ def compare(
     pick: Pick = "best",
     paired: bool = True,
     alpha: float = 0.05,
+    phase: str | None = None,
 ) -> Comparison:
     """Compares the arms that `by` makes: all pairs, or each with `against`, Holm-corrected.
 
@@ -72,6 +76,8 @@ def compare(
             setting; the choice is made on the same seeds, and said so), "all" averages over the settings of the other
             axes that all arms have.
         paired: seed by seed where two arms share two seeds or more; False: as if seeds had nothing in common.
+        phase: "confirm" compares results on fresh seeds, "search" the scores that configs were chosen by. Default:
+            the results, where two configs or more of a sweep (one or more of each of several) have them.
 
     Raises:
         UserError: unknown names, fewer than two arms, nothing finished.
@@ -82,7 +88,9 @@ def compare(
     metric = metric or sweeps[0].metric
     mode = sweeps[0].mode(metric)
     by = by or ("config" if len(sweeps) == 1 else "sweep")
-    runs, notes = _collect(sweeps, by, metric, at)
+    phase, said = phase_to_compare(sweeps, metric, at, phase)
+    runs, notes = _collect(sweeps, by, metric, at, phase)
+    notes += said
     matrix, chosen = _arms(runs, mode, pick)
     if pick == "best" and (chosen["configs"] > 1).any():
         notes.append("Each arm is its best config, picked on the same seeds: its score flatters it (winner's curse).")
@@ -104,20 +112,20 @@ def compare(
         needs.append(None if told else more_seeds(x, y, row["paired"], alpha / max(1, open_pairs), size=size))
     pairs["verdict"] = verdicts
     pairs["more_seeds"] = pd.array(needs, dtype="Int64")
-    notes += _floor_notes(pairs, test, alpha)
+    notes += _floor_notes(pairs, test, alpha) + _curse_note(matrix, mode)
     columns = ["a", "b", "difference", "low", "high", "p", "p_holm", "verdict", "more_seeds"]
     rest = [name for name in pairs.columns if name not in columns and name != "found"]
-    return Comparison(metric, mode, arms, pairs[columns + rest], notes)
+    return Comparison(metric, mode, arms, pairs[columns + rest], notes, phase)
 
 
-def _collect(sweeps: Sequence[Sweep], by: str, metric: str, at: str) -> tuple[pd.DataFrame, list[str]]:
+def _collect(sweeps: Sequence[Sweep], by: str, metric: str, at: str, phase: str) -> tuple[pd.DataFrame, list[str]]:
     """Runs of all sweeps that may be compared, with `arm`, `config` and `setting` (the other axes' values)."""
     parts, notes = [], []
     for sweep in sweeps:
         columns = sweep.run_columns
         axes = [name for name in columns if name.startswith("axis.")]
         field = None if by in ("config", "sweep") else sweep.field(by, columns)
-        runs = scores(sweep, metric, at, [*axes, *([field] if field else [])])
+        runs = scores(sweep, metric, at, [*axes, *([field] if field else [])], phase)
         reasons = runs["stop_reason"][~runs["judged"]].value_counts()
         if len(reasons):
             left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -183,7 +191,7 @@ def _arm_table(matrix: pd.DataFrame, chosen: pd.DataFrame, mode: str) -> pd.Data
     rows = []
     for index, arm in enumerate(map(str, matrix.index)):
         x = matrix.loc[arm].dropna().to_numpy(dtype=float)
-        interval = t_interval(x)
+        interval, middle = t_interval(x), bootstrap_interval(x, statistic="iqm", resamples=2000)
         rows.append(
             {
                 "arm": arm,
@@ -194,7 +202,10 @@ def _arm_table(matrix: pd.DataFrame, chosen: pd.DataFrame, mode: str) -> pd.Data
                 "sd": x.std(ddof=1) if len(x) > 1 else np.nan,
                 "low": interval.low,
                 "high": interval.high,
-                "iqm": interquartile_mean(x),
+                "median": np.median(x),
+                "iqm": middle.estimate,
+                "iqm_low": middle.low if len(x) > 1 else np.nan,
+                "iqm_high": middle.high if len(x) > 1 else np.nan,
                 "p_best": p_best[index],
             }
         )
@@ -276,6 +287,18 @@ def _verdict(row: dict[Any, Any], mode: str, margin: float | None, claim: str | 
 
 def _rest(found: Any) -> tuple[Any, ...]:
     return found.test, found.paired, found.n_a, found.n_b, found.effect, found.superiority
+
+
+def _curse_note(matrix: pd.DataFrame, mode: str) -> list[str]:
+    """By how much the best arm's own score flatters it."""
+    sign = -1.0 if mode == "min" else 1.0
+    y = (sign * matrix).dropna().to_numpy(dtype=float)
+    if len(y) < 3 or y.shape[1] < 2:
+        return []
+    optimism, spread = winners_curse(y).optimism, float(np.median(y.std(1, ddof=1)))
+    if not optimism > 0.1 * spread:
+        return []
+    return [f"Picked and scored on the same seeds, the best arm flatters itself by about {rounded(optimism, spread)}."]
 
 
 def _floor_notes(pairs: pd.DataFrame, test: Test, alpha: float) -> list[str]:

@@ -50,7 +50,7 @@ def curve_metric(sweep: Sweep, metric: str | None = None) -> str:
 
 
 def learning_curves(sweep: Sweep, configs: Iterable[str], metric: str | None = None) -> Curves:
-    """Mean and standard deviation over seeds of each config's curve.
+    """Mean and standard deviation over seeds of each config's curve, the seeds it was chosen by.
 
     On a continual stream (several epochs a task) a point is a task: the metric after the task's last epoch, which is
     what the notebooks read. Curves longer than 200 points are averaged in blocks, per run, before the mean over seeds.
@@ -60,7 +60,7 @@ def learning_curves(sweep: Sweep, configs: Iterable[str], metric: str | None = N
     total, per_task = sweep.schedule.get("epochs", 0), sweep.schedule.get("epochs_per_task", 0)
     by_task = 0 < per_task < total
     epochs = range(per_task, total + 1, per_task) if by_task else None
-    rows = sweep.epochs([metric], configs=configs, epochs=epochs)
+    rows = sweep.of_search(sweep.epochs([metric], configs=configs, epochs=epochs))
     rows = rows[np.isfinite(rows[metric])]
     rows = rows.assign(x=rows["epoch"] // per_task if by_task else rows["epoch"])
     label = "task (after its last epoch)" if by_task else "epoch"

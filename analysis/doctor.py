@@ -15,6 +15,7 @@ from scipy import stats
 
 from analysis.compare import plain
 from analysis.curves import curve_metric, learning_curves
+from analysis.early import check_controls, early_ranks
 from analysis.figures import rounded
 from analysis.importance import main_effects
 from analysis.patient import Card, Patient, Status
@@ -23,16 +24,24 @@ from analysis.store import Sweep, open_sweep
 from analysis.summary import scores
 
 
-def examine(storage: Path | str, name: str, metric: str | None = None) -> pd.DataFrame:
-    """All cards of a sweep, worst first: `status, check, evidence, advice`."""
-    cards = list(cards_of(open_sweep(storage, name), metric))
+def examine(storage: Path | str, name: str, metric: str | None = None, controls: str | None = None) -> pd.DataFrame:
+    """All cards of a sweep, worst first: `status, check, evidence, advice`.
+
+    Args:
+        controls: a sweep of the same family and length that ran without pruning, for the question whether pruning was
+            safe.
+    """
+    unpruned = None if controls is None else open_sweep(storage, controls)
+    cards = list(cards_of(open_sweep(storage, name), metric, unpruned))
     order = {"FAIL": 0, "WARN": 1, "PASS": 2}
     cards.sort(key=lambda card: order[card.status])
     return pd.DataFrame([asdict(card) for card in cards], columns=["status", "check", "evidence", "advice"])
 
 
-def cards_of(sweep: Sweep, metric: str | None = None) -> Iterator[Card]:
-    patient = Patient(sweep, metric or sweep.metric)
+def cards_of(sweep: Sweep, metric: str | None = None, controls: Sweep | None = None) -> Iterator[Card]:
+    patient = Patient(sweep, metric or sweep.metric, controls)
+    if controls is not None:
+        check_controls(sweep, controls, patient.metric)
     if not len(patient.runs):
         return
     for check in CHECKS:
@@ -132,7 +141,7 @@ def still_improving(patient: Patient) -> Card | None:
         return None
     best = patient.judged.iloc[0]
     metric = curve_metric(patient.sweep)
-    rows = patient.sweep.epochs([metric], configs=[best["config_key"]])
+    rows = patient.sweep.of_search(patient.sweep.epochs([metric], configs=[best["config_key"]]))
     total = rows["epoch"].max() if len(rows) else 0
     if total < 5 or patient.sweep.schedule.get("epochs_per_task", total) < total:
         return None  # on a stream of tasks the last epochs are a task's, and plasticity has a check of its own
@@ -150,43 +159,6 @@ def still_improving(patient: Patient) -> Card | None:
     if p < 0.05 and gain.mean() > 0 and share > 0.02:
         return Card("WARN", "still improving", f"{evidence} (p={p:.2g})", "train longer, or judge at equal epochs")
     return Card("PASS", "still improving", f"{evidence}, {share:.1%} of all it learned")
-
-
-def early_ranks(patient: Patient) -> Card | None:
-    """Whether ranks at the first rung foretell the end, on configs that were never pruned."""
-    sweep = patient.sweep
-    total = sweep.schedule.get("epochs") or int(patient.runs["epochs_total"].max())
-    rungs = (sweep.info.get("scheduler") or {}).get("rungs") or []
-    first = int(rungs[0]) if rungs else max(1, total // 9)
-    controls = patient.table[patient.table["stop_reason"] == "finished"]
-    if len(controls) < 5 or first >= total or not sweep.metrics_of("epochs"):
-        return None
-    metric = curve_metric(sweep)
-    rows = sweep.epochs([metric], configs=controls["config_key"], epochs=[first])
-    early = rows.groupby("config_key")[metric].mean()
-    sign = (-1.0 if sweep.mode(metric) == "min" else 1.0) * (-1.0 if sweep.mode(patient.metric) == "min" else 1.0)
-    both = controls.set_index("config_key")["mean"].to_frame("end").join(early.rename("early")).dropna()
-    if len(both) < 5 or both["early"].nunique() < 2 or both["end"].nunique() < 2:
-        return None
-    rho = sign * float(stats.spearmanr(both["early"], both["end"]).statistic)
-    winner = controls["config_key"].iloc[0]
-    ascending = sweep.mode(metric) == "min"
-    place = int(both["early"].rank(ascending=ascending).loc[winner]) if winner in both.index else 0
-    pruned = int((patient.table["stop_reason"] == "stopped").sum())
-    of = f"{len(both)} configs that ran to the end" + (
-        f" ({pruned} were pruned and are not among them)" if pruned else ""
-    )
-    evidence = (
-        f"ranks at epoch {first} and at the end agree by {rho:.2f} (Spearman) over {of}; the winner was {place}. then"
-    )
-    if rho < 0.2:
-        advice = "early results say nothing: raise the grace period, or --scheduler none"
-        return Card("FAIL" if pruned else "WARN", "early ranks", evidence, advice)
-    if rho < 0.6 or place > len(both) / 2:
-        return Card(
-            "WARN", "early ranks", evidence, "pruning may lose the best: `replay` shows what a longer grace costs"
-        )
-    return Card("PASS", "early ranks", evidence)
 
 
 def noise(patient: Patient) -> Card | None:
@@ -313,6 +285,8 @@ def dimensions(patient: Patient) -> Card | None:
     """Dimensions that change nothing, and configs proposed twice."""
     proposed: dict[str, int] = {}
     for event in patient.sweep.events("proposed"):
+        if event.get("phase", "search") != "search":
+            continue  # more seeds on purpose
         key = str(event.get("config_key"))
         proposed[key] = proposed.get(key, 0) + 1
     twice = sum(count - 1 for count in proposed.values())

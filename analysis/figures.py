@@ -143,6 +143,8 @@ def hyper_vs_result(table: pd.DataFrame, axes: Sequence[str], metric: str, unit:
     rows = -(-max(1, len(axes)) // columns)
     figure, panels = new_figure(WIDTH if columns > 1 else 4.4, 2.7 * rows + 0.3, rows, columns)
     limits = _robust_limits(table["mean"].to_numpy(dtype=float), table["judged"].to_numpy(dtype=bool), mode)
+    if limits is not None:
+        limits = _with_best_interval(limits, table, mode)
     hue = _hue(table, axes)
     for panel, axis in zip(panels, axes, strict=False):
         # A line is honest only where nothing but this axis (and the colour) varies along it.
@@ -207,7 +209,7 @@ def _x_scale(ax: Axes, values: pd.Series, log: bool, categories: Sequence[str]) 
     if log:
         ax.set_xscale("log")
     points = sorted(values.astype(float).unique())
-    if 1 < len(points) <= 9:
+    if 1 < len(points) <= 9 and all(len(f"{p:g}") <= 6 for p in points):  # a grid's values, not a range's
         ax.set_xticks(points, [f"{p:g}" for p in points])
         ax.xaxis.set_minor_locator(NullLocator())
         if sum(len(f"{p:g}") for p in points) > 22:
@@ -254,6 +256,16 @@ def _robust_limits(y: np.ndarray, judged: np.ndarray, mode: str) -> tuple[float,
     pad = 0.06 * (best - worst_shown) or 0.01 * max(1.0, abs(best))
     low, high = worst_shown - 2 * pad, best + 2 * pad
     return (-high, -low) if mode == "min" else (low, high)
+
+
+def _with_best_interval(limits: tuple[float, float], table: pd.DataFrame, mode: str) -> tuple[float, float]:
+    """Limits that hold the best config's whole interval, unless it is more than twice as long as what else is shown."""
+    best = table[table["judged"]].iloc[0]
+    low, high = limits
+    if not math.isfinite(best["high"]) or best["high"] - best["low"] > 2 * (high - low):
+        return limits
+    pad = 0.03 * (high - low)
+    return (min(low, best["low"] - pad), high) if mode == "min" else (low, max(high, best["high"] + pad))
 
 
 def _mark_off_scale(ax: Axes, x: np.ndarray, y: np.ndarray, limits: tuple[float, float], colour: str) -> None:

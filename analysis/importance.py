@@ -41,7 +41,8 @@ def main_effects(
 
 
 def _groups(values: pd.Series) -> np.ndarray:
-    if pd.api.types.is_numeric_dtype(values) and values.nunique() > 2 * BINS:
+    """The axis cut into groups; a range, where hardly two configs share a value, into parts of five or more configs."""
+    if pd.api.types.is_numeric_dtype(values) and 3 * values.nunique() > len(values) > 3:
         bins = min(BINS, max(2, len(values) // 5))
         return pd.qcut(values.rank(method="first"), bins, labels=False).to_numpy()
     return pd.factorize(values)[0]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from analysis.compare import plain
 from analysis.curves import Curves
 from analysis.figures import COLOURS, is_log
-from analysis.landscapes import pareto_front
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
@@ -53,6 +53,7 @@ def curves(data: Curves, labels: Mapping[str, str]) -> go.Figure:
             x=band_x,
             y=band_y,
             fill="toself",
+            mode="lines",
             fillcolor=_faint(colour),
             line={"width": 0},
             hoverinfo="skip",
@@ -64,6 +65,7 @@ def curves(data: Curves, labels: Mapping[str, str]) -> go.Figure:
             y=rows["mean"],
             name=escape(label),
             legendgroup=key,
+            mode="lines",
             line={"color": colour, "dash": DASHES[index % len(DASHES)]},
             customdata=np.stack([rows["sd"].fillna(0), rows["n"]], axis=-1),
             hovertemplate="%{y:.4f} ± %{customdata[0]:.4f} (n=%{customdata[1]})",
@@ -119,15 +121,32 @@ def parallel_coordinates(table: pd.DataFrame, axes: Sequence[str], metric: str, 
         label = escape(axis.removeprefix("axis."))
         if pd.api.types.is_numeric_dtype(values):
             log = is_log(values)
-            known = np.log10(values.astype(float)) if log else values.astype(float)
-            dimensions.append({"label": f"log10 {label}" if log else label, "values": known})
+            known = values.astype(float).map(np.log10) if log else values.astype(float)
+            dimension = {"label": f"log10 {label}" if log else label, "values": known}
+            if known.isna().any():
+                dimension |= _with_none(known)
+            dimensions.append(dimension)
         else:
-            codes, names = pd.factorize(values.map(plain))
+            codes, names = pd.factorize(values.map(lambda value: plain(value) or "none"))
             texts = [escape(name) for name in names]
             dimensions.append({"label": label, "values": codes, "tickvals": list(range(len(names))), "ticktext": texts})
     dimensions.append({"label": metric, "values": rows["mean"]})
     line = {"color": rows["mean"], "colorscale": "Cividis", "reversescale": mode == "min", "showscale": True}
     return go.Figure(go.Parcoords(dimensions=dimensions, line=line), layout=LAYOUT)
+
+
+def _with_none(values: pd.Series) -> dict[str, Any]:
+    """Values and ticks of an axis that some configs do not have: they pass below its foot. (A line with a gap anywhere
+    would not be drawn at all.)"""
+    low, high = values.min(), values.max()
+    span = (high - low) or 1.0
+    ticks = [low - 0.15 * span, *np.linspace(low, high, 5)]
+    return {
+        "values": values.fillna(ticks[0]),
+        "tickvals": ticks,
+        "ticktext": ["none", *(f"{tick:.3g}" for tick in ticks[1:])],
+        "range": [ticks[0] - 0.05 * span, high],
+    }
 
 
 def heat_map(cells: pd.DataFrame, rows: str, columns: str, mode: str = "max") -> go.Figure:
@@ -186,27 +205,29 @@ def rung_diagram(table: pd.DataFrame, rungs: Sequence[int], metric: str) -> go.F
     return figure.update_layout(xaxis_title="epochs trained", yaxis={"title": "configs", "showticklabels": False})
 
 
-def pareto(table: pd.DataFrame, metric: str, mode: str = "max") -> go.Figure:
-    """Result against device time; the configs that nothing beats in both are joined."""
-    rows = table[table["judged"] & table["mean"].notna()]
-    front = pareto_front(table, mode)
-    figure = go.Figure(layout=LAYOUT)
-    for data, name, colour, how in (
-        (rows, "configs", "#9A9A9A", "markers"),
-        (front, "front", COLOURS[0], "lines+markers"),
-    ):
-        figure.add_scatter(
-            x=data["device_seconds"],
-            y=data["mean"],
-            name=name,
-            mode=how,
-            line={"shape": "hv"},
-            marker={"color": colour, "size": 8},
-            text=[escape(str(label)) for label in data["label"]],
-            hovertemplate="%{text}<br>%{y:.4f} in %{x:.3g} s<extra></extra>",
-        )
-    kind = "log" if is_log(rows["device_seconds"]) else "linear"
-    return figure.update_layout(xaxis={"title": "device seconds of a config", "type": kind}, yaxis_title=metric)
+def pareto(points: pd.DataFrame, metric: str, others: Sequence[str]) -> go.Figure:
+    """Result against each other objective; the configs that nothing beats in all of them are marked."""
+    front = points[points["front"]]
+    figure = make_subplots(1, len(others), shared_yaxes=True).update_layout(LAYOUT)
+    for column, other in enumerate(others, 1):
+        for data, name, colour, how in (
+            (points, "configs", "#9A9A9A", "markers"),
+            (front.sort_values(other), "front", COLOURS[0], "lines+markers" if len(others) == 1 else "markers"),
+        ):
+            figure.add_scatter(
+                x=data[other],
+                y=data[metric],
+                name=name,
+                mode=how,
+                showlegend=column == 1,
+                marker={"color": colour, "size": 8},
+                text=[escape(str(label)) for label in data["label"]],
+                hovertemplate=f"%{{text}}<br>{escape(metric)} %{{y:.4g}}, {escape(other)} %{{x:.3g}}<extra></extra>",
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(title=other, type="log" if is_log(points[other]) else "linear", row=1, col=column)
+    return figure.update_yaxes(title=metric, row=1, col=1)
 
 
 def _scale(values: pd.Series) -> str:

@@ -10,7 +10,7 @@ Everything above the line `MARK` is written anew each time; what stands below it
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ import numpy as np
 import pandas as pd
 
 from analysis.compare import p_text, plain, spread_text
+from analysis.confirmation import confirmed_table, flattery, race_line, ties
 from analysis.doctor import cards_of
 from analysis.errors import UserError
 from analysis.figures import rounded
-from analysis.selection import confirmed_curse, more_seeds, probability_best, winners_curse
-from analysis.statistics import all_pairs_p, holm, t_interval
-from analysis.store import ENDED, Sweep, open_sweep
-from analysis.summary import pivot, scores, summarise
+from analysis.objectives import front_line, tradeoff
+from analysis.selection import more_seeds, probability_best, winners_curse
+from analysis.statistics import all_pairs_p, holm
+from analysis.store import ENDED, Sweep, open_sweep, sweep_names
+from analysis.summary import complete, pivot, scores, summarise
 from analysis.writing import replace_text
 
 MARK = "<!-- yours: what stands below this line is kept when the journal is written again -->"
@@ -41,6 +43,29 @@ def write_journal(storage: Path | str, name: str, metric: str | None = None) -> 
     replace_text(path, f"{block(sweep, metric)}\n{_kept(path)}")
     sweep.publish([path])
     return path
+
+
+def entries(storage: Path | str, name: str, metric: str | None = None) -> pd.DataFrame:
+    """The generated part, one row a line: `section` (asked, result, run, observation, ran), `config_key`, `text`."""
+    rows = [(section, key, text) for section, key, text in _lines(open_sweep(storage, name), metric)]
+    return pd.DataFrame(rows, columns=["section", "config_key", "text"])
+
+
+def notes(storage: Path | str, names: Sequence[str] = ()) -> pd.DataFrame:
+    """What readers added with `note`, of these sweeps or of all: `name, date, text`."""
+    rows = []
+    for name in names or sweep_names(storage):
+        path = open_sweep(storage, name).folder / "journal.md"
+        own = _kept(path).split("\n") if path.exists() else []
+        for line in own:
+            if found := _NOTE.fullmatch(line):
+                rows.append([name, found[1], found[2]])
+            elif rows and line.startswith("  "):
+                rows[-1][2] += "\n" + line.strip()
+    return pd.DataFrame(rows, columns=["name", "date", "text"])
+
+
+_NOTE = re.compile(r"- (\d{4}-\d{2}-\d{2}): (.*)")
 
 
 def add_note(storage: Path | str, name: str, text: str, now: datetime | None = None) -> Path:
@@ -72,25 +97,45 @@ def _kept(path: Path) -> str:
 
 def block(sweep: Sweep, metric: str | None = None) -> str:
     """The generated part: what was varied, every config's line, observations, stop reasons, time and devices."""
+    parts: dict[str, list[str]] = {section: [] for section in _SECTIONS}
+    for section, _, text in _lines(sweep, metric):
+        parts[section].append(text)
+    listed = parts["run"][:LISTED]
+    if len(parts["run"]) > LISTED:
+        listed.append(f"... and {len(parts['run']) - LISTED} more")
+    lines = [*parts["asked"], ""]
+    if parts["result"]:
+        lines += ["Result:", *(f"- {line}" for line in parts["result"]), "", "What was chosen by, in the search:"]
+    lines += [f"- {line}" for line in listed or ["nothing has reported yet"]]
+    if parts["observation"]:
+        lines += ["", "Observations:", *(f"- {line}" for line in parts["observation"])]
+    return "\n".join([*lines, "", *parts["ran"]]) + "\n"
+
+
+_SECTIONS = ("asked", "result", "run", "observation", "ran")
+
+
+def _lines(sweep: Sweep, metric: str | None) -> list[tuple[str, str, str]]:
+    """(section, config key or "", text), in the order of reading."""
     metric = metric or sweep.metric
     runs, confirmed = scores(sweep, metric), scores(sweep, metric, phase="confirm")
     table = summarise(sweep, runs, metric)
     title = str(sweep.info.get("doc") or sweep.name)
-    lines = [f"# {_one_line(title[0].upper() + title[1:])}", _asked(sweep, runs, metric)]
-    lines += [line for line in (_same(sweep), _varied(sweep, table)) if line]
-    lines.append("")
-    ordered = _in_order(sweep, table)
-    for row in ordered[:LISTED]:
-        lines.append("- " + _config_line(sweep, row))
-    if len(ordered) > LISTED:
-        lines.append(f"- ... and {len(ordered) - LISTED} more")
-    if not ordered:
-        lines.append("- nothing has reported yet")
-    observed = observations(sweep, runs, confirmed, metric)
-    if observed:
-        lines += ["", "Observations:", *(f"- {line}" for line in observed)]
-    lines += ["", *_how_it_ran(sweep, runs)]
-    return "\n".join(lines) + "\n"
+    asked = [f"# {_one_line(title[0].upper() + title[1:])}", _asked(sweep, runs, metric), _same(sweep)]
+    asked.append(_varied(sweep, table))
+    every = pd.concat([runs, confirmed]) if len(confirmed) else runs
+    places = _kinds_of_device(every)
+    lines = [("asked", "", line) for line in asked if line]
+    lines += [("result", "", _one_line(line)) for line in confirmation(sweep, runs, confirmed, metric)]
+    for row in _in_order(sweep, table):
+        lines.append(("run", str(row["config_key"]), _config_line(sweep, row, places > 1)))
+    lines += [("observation", "", line) for line in observations(sweep, runs, metric)]
+    return lines + [("ran", "", line) for line in _how_it_ran(sweep, every)]
+
+
+def _kinds_of_device(runs: pd.DataFrame) -> int:
+    """Devices whose times may differ: GPUs, and machines; the cores of one machine are alike."""
+    return runs.loc[runs["device"] != "", "device"].str.replace(r"^cpu:\d+@", "cpu@", regex=True).nunique()
 
 
 def _asked(sweep: Sweep, runs: pd.DataFrame, metric: str) -> str:
@@ -141,11 +186,13 @@ def _in_order(sweep: Sweep, table: pd.DataFrame) -> list[dict[Any, Any]]:
     return sorted(rows, key=place)
 
 
-def _config_line(sweep: Sweep, row: Mapping[Any, Any]) -> str:
+def _config_line(sweep: Sweep, row: Mapping[Any, Any], with_device: bool = False) -> str:
     label, values = _one_line(str(row["label"])), _values(sweep, row)
     name = label if not values or all(v in label for v in values.split(", ")) else f"{label}: {values}"
     result = spread_text(row["mean"], row["sd"], row["n"]) if row["n"] else "no value yet"
     tail = device_time(row["device_seconds"], row["device"])
+    if with_device and row["device"]:
+        tail += f" on {_one_line(row['device'])}"
     state = ""
     if row["stop_reason"] == "stopped":
         state = f" (stopped at epoch {row['epoch']} of {row['epochs_total']})"
@@ -182,10 +229,16 @@ def device_time(seconds: float, device: str) -> str:
     return f"{seconds / 60:.1f} {kind}-min" if seconds < 6000 else f"{seconds / 3600:.1f} {kind}-h"
 
 
-def observations(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
+def told(sweep: Sweep, runs: pd.DataFrame, metric: str) -> list[str]:
+    """What the tests say, how a race ended, which configs nothing beats in several objectives."""
+    race = race_line(sweep)
+    front = front_line(sweep, tradeoff(sweep, runs, metric), metric) if len(sweep.objectives) > 1 else None
+    return [*differences(sweep, runs, metric), *(line for line in (race, front) if line)]
+
+
+def observations(sweep: Sweep, runs: pd.DataFrame, metric: str) -> list[str]:
     """What the tests say, in sentences; then what the health checks warn of."""
-    said = differences(sweep, runs, metric)
-    said += confirmation(sweep, runs, confirmed, metric)
+    said = told(sweep, runs, metric)
     said += speed(runs)
     for card in cards_of(sweep, metric):
         if card.status != "PASS":
@@ -196,7 +249,7 @@ def observations(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metr
 def differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.05) -> list[str]:
     """What can be told about the best config: whom it beats, whom not, how likely it is the best, how it flatters."""
     sign = -1.0 if sweep.mode(metric) == "min" else 1.0
-    matrix = (sign * pivot(runs)).dropna()
+    matrix = complete(sign * pivot(runs))
     if len(matrix) < 2 or matrix.shape[1] < 2:
         return []
     labels = runs.drop_duplicates("config_key").set_index("config_key")["label"].reindex(matrix.index).tolist()
@@ -238,17 +291,14 @@ def differences(sweep: Sweep, runs: pd.DataFrame, metric: str, alpha: float = 0.
 def confirmation(sweep: Sweep, runs: pd.DataFrame, confirmed: pd.DataFrame, metric: str) -> list[str]:
     """Results on fresh seeds that took no part in choosing: these are the sweep's results."""
     said = []
-    sign = -1.0 if sweep.mode(metric) == "min" else 1.0
-    for key, fresh in confirmed[confirmed["judged"]].groupby("config_key", sort=False):
-        values = fresh["value"].to_numpy(dtype=float)
-        search = runs[(runs["config_key"] == key) & runs["judged"]]["value"].to_numpy(dtype=float)
-        result = t_interval(values)
-        sd = values.std(ddof=1) if len(values) > 1 else np.nan
-        line = f"confirmed on fresh seeds: {fresh['label'].iloc[0]} -> {spread_text(result.estimate, sd, len(values))}"
-        if len(search):
-            curse = confirmed_curse(sign * search, sign * values)
-            line += f"; in the search it was {rounded(search.mean(), sd)}, {rounded(curse.optimism, sd)} too good"
+    for row in confirmed_table(sweep, runs, confirmed, metric).to_dict("records"):
+        line = f"confirmed on fresh seeds: {row['label']} -> {spread_text(row['mean'], row['sd'], row['n'])}"
+        if row["search_n"]:
+            line += f"; in the search it was {rounded(row['search'], row['sd'])}, {flattery(row)}"
         said.append(line)
+    tied = ties(sweep)
+    if said and tied:
+        said.append(f"equal in the search to the last of these and not confirmed: {', '.join(tied[:5])}")
     return said
 
 

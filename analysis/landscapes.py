@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -26,6 +26,7 @@ from analysis.figures import (
     styled,
     with_unit,
 )
+from analysis.store import COSTS
 
 REASONS = ("finished", "stopped", "diverged", "oom", "crashed", "cancelled", "running", "pending")
 
@@ -107,7 +108,8 @@ def parallel_coordinates(table: pd.DataFrame, axes: Sequence[str], metric: str, 
         for height, text in labels:
             ax.text(x + 0.02, height, short(text, 14), fontsize=7, va="center", bbox=_HALO)
     names = [short(c.removeprefix("axis."), 18) for c in axes] + [short(metric, 20)]
-    ax.set_xticks(range(len(columns)), names)
+    crowded = sum(map(len, names)) > 70
+    ax.set_xticks(range(len(columns)), names, rotation=15 * crowded, ha="right" if crowded else "center")
     ax.set_yticks([])
     ax.set_xlim(-0.1, len(columns) - 1 + 0.35)
     for side in ("left", "bottom"):
@@ -197,43 +199,39 @@ def rung_diagram(table: pd.DataFrame, rungs: Sequence[int], metric: str, unit: s
     ax.grid(False)
     ax.set_xlim(0, None)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=4)
     figure.colorbar(ScalarMappable(norm, cmap), ax=ax).set_label(f"last value of {with_unit(metric, unit)}")
     return figure
 
 
-def pareto_front(table: pd.DataFrame, mode: str = "max", cost: str = "device_seconds") -> pd.DataFrame:
-    """Judged configs that no other one beats in both result and cost, cheapest first."""
-    rows = table[table["judged"] & table["mean"].notna() & table[cost].notna()].sort_values(
-        [cost, "mean"], ascending=[True, mode == "min"], kind="stable"
-    )
-    good = -rows["mean"] if mode == "min" else rows["mean"]
-    best_before = good.cummax().shift(fill_value=-np.inf)
-    return rows[good > best_before]
-
-
 @styled
-def pareto(table: pd.DataFrame, metric: str, unit: str = "", mode: str = "max") -> Figure:
-    """Result against device time (all seeds of a config); configs that nothing beats in both are joined and named."""
-    rows = table[table["judged"] & table["mean"].notna()]
-    front = pareto_front(table, mode)
-    figure, (ax,) = new_figure(5.0, 3.2)
-    ax.scatter(rows["device_seconds"], rows["mean"], s=14, color=MUTED, linewidths=0, label="configs")
-    ax.step(front["device_seconds"], front["mean"], where="post", color=COLOURS[0], linewidth=1.2)
-    ax.scatter(
-        front["device_seconds"], front["mean"], s=26, color=COLOURS[0], marker="D", label="nothing beats both", zorder=3
-    )
-    for row in front.tail(5).to_dict("records"):
-        ax.annotate(
-            short(row["label"], 22),
-            (row["device_seconds"], row["mean"]),
-            textcoords="offset points",
-            xytext=(4, 5),
-            fontsize=7,
-        )
-    if is_log(rows["device_seconds"]):
-        ax.set_xscale("log")
-    ax.set_xlabel("device seconds of a config (all seeds)")
-    ax.set_ylabel(with_unit(metric, unit))
-    ax.legend(loc="lower right" if mode != "min" else "upper right")
+def pareto(points: pd.DataFrame, metric: str, others: Sequence[str], units: Mapping[str, str]) -> Figure:
+    """Result against each other objective; the configs that nothing beats in all objectives are marked and named, and
+    joined where there are two objectives.
+
+    Args:
+        points: what `objectives.tradeoff` returned.
+    """
+    front = points[points["front"]]
+    figure, axes = new_figure(5.0 if len(others) == 1 else WIDTH, 3.2, columns=len(others))
+    for ax, other in zip(axes, others, strict=True):
+        ax.scatter(points[other], points[metric], s=14, color=MUTED, linewidths=0, label="configs")
+        if len(others) == 1:
+            joined = front.sort_values(other)
+            ax.plot(joined[other], joined[metric], color=COLOURS[0], linewidth=1.2)
+        label = f"nothing beats {'both' if len(others) == 1 else 'all'}"
+        ax.scatter(front[other], front[metric], s=26, color=COLOURS[0], marker="D", label=label, zorder=3)
+        for row in front.head(5).to_dict("records"):
+            ax.annotate(
+                short(row["label"], 22),
+                (row[other], row[metric]),
+                textcoords="offset points",
+                xytext=(4, 5),
+                fontsize=7,
+            )
+        if is_log(points[other]):
+            ax.set_xscale("log")
+        ax.set_xlabel(with_unit(other, units[other]) + (" of a run" if other in COSTS else ""))
+    axes[0].set_ylabel(with_unit(metric, units[metric]))
+    axes[0].legend(loc="best")
     return figure

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 from analysis.errors import UserError
 from analysis.store import Sweep
+from tuning.mlflow_page import fitting
 
 PATIENCE = 3.0
 """Seconds to wait for a tracking server to answer; MLflow itself would retry for minutes."""
@@ -58,6 +59,8 @@ def log_to_sweep_run(
 ) -> str:
     """Logs files as artifacts under `folder`, and sets the description, on the sweep's MLflow run. Returns its id.
 
+    MLflow cuts a description after 8,000 characters, where a reader's own words stand: runs are left out instead.
+
     The run is the one with the tags `sweep` = the sweep's name and `kind` = `sweep`; the newest of several.
 
     Raises:
@@ -67,7 +70,7 @@ def log_to_sweep_run(
     client = _client(uri)
     run_id = _sweep_run(client, sweep.name, uri)
     if description is not None:
-        client.set_tag(run_id, "mlflow.note.content", description)
+        client.set_tag(run_id, "mlflow.note.content", fitting(description))
     for file in files:
         client.log_artifact(run_id, str(file), folder)
     return run_id

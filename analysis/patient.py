@@ -9,7 +9,7 @@ from typing import Literal
 import pandas as pd
 
 from analysis.store import Sweep
-from analysis.summary import pivot, scores, summarise
+from analysis.summary import complete, pivot, scores, summarise
 
 Status = Literal["PASS", "WARN", "FAIL"]
 
@@ -26,10 +26,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Patient:
-    """What the checks look at, each part read once."""
+    """What the checks look at, each part read once.
+
+    Args:
+        controls: a sweep of the same kind without pruning.
+    """
 
     sweep: Sweep
     metric: str
+    controls: Sweep | None = None
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -48,4 +53,4 @@ class Patient:
     def matrix(self) -> pd.DataFrame:
         """Judged scores, configs x seeds, higher is better, without gaps."""
         sign = -1.0 if self.sweep.mode(self.metric) == "min" else 1.0
-        return sign * pivot(self.runs).dropna()
+        return sign * complete(pivot(self.runs))

@@ -16,6 +16,7 @@ from analysis.compare import grid
 from analysis.curves import Curves, learning_curves
 from analysis.errors import UserError
 from analysis.importance import main_effects
+from analysis.objectives import others_of, tradeoff
 from analysis.store import Sweep, open_sweep
 from analysis.summary import scores, summarise
 from analysis.writing import aside
@@ -25,7 +26,7 @@ DRAWN = 6
 """Configs with a curve of their own."""
 
 MOST_CELLS = 12
-"""Values a side of a heat map; an axis with more of them is a range, and is cut into eight parts."""
+"""Values a side of a heat map; an axis with more of them is cut into parts, as a range is."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class Subject:
         return main_effects(self.sweep, self.judged, self.metric)
 
     @cached_property
+    def others(self) -> list[str]:
+        return others_of(self.sweep, self.metric)
+
+    @cached_property
+    def points(self) -> pd.DataFrame:
+        return tradeoff(self.sweep, self.runs, self.metric, self.at)
+
+    @cached_property
     def rungs(self) -> list[int]:
         return [int(r) for r in (self.sweep.info.get("scheduler") or {}).get("rungs") or []]
 
@@ -107,14 +116,20 @@ class Subject:
 
 
 def _binned(cells: pd.DataFrame, mode: str) -> pd.DataFrame:
-    """Cells of ranges gathered into eight parts a side, the best config of each."""
+    """Cells of ranges gathered into at most eight parts a side, the best config of each.
+
+    An axis is a range where most of its values were tried once.
+    """
+    configs = len(cells)
     for side in ("row", "column"):
-        if cells[side].nunique() > MOST_CELLS and pd.api.types.is_numeric_dtype(cells[side]):
+        values = cells[side].nunique()
+        if pd.api.types.is_numeric_dtype(cells[side]) and (values > MOST_CELLS or values > max(3, 0.5 * configs)):
+            count = min(8, max(3, round(configs**0.5)))
             log = figures.is_log(cells[side])
             x = np.log(cells[side]) if log else cells[side].astype(float)
-            parts = np.clip(((x - x.min()) / (x.max() - x.min()) * 8).astype(int), 0, 7)
-            centre = x.min() + (parts + 0.5) / 8 * (x.max() - x.min())
-            cells = cells.assign(**{side: np.round(np.exp(centre), 8) if log else centre})
+            parts = np.clip(((x - x.min()) / (x.max() - x.min()) * count).astype(int), 0, count - 1)
+            centre = x.min() + (parts + 0.5) / count * (x.max() - x.min())
+            cells = cells.assign(**{side: np.exp(centre) if log else centre})
             cells[side] = cells[side].map(lambda v: float(f"{v:.2g}"))
     cells = cells.sort_values("mean", ascending=mode == "min", kind="stable")
     return cells.drop_duplicates(["row", "column"]).sort_values(["row", "column"])
@@ -145,7 +160,7 @@ KINDS: dict[str, Kind] = {
         lambda s: interactive.hyper_vs_result(s.table, s.axes, s.metric),
     ),
     "heatmap": Kind(
-        "Mean over seeds of each pair of values, at its best setting of the other axes.",
+        "Mean over seeds of each pair of values, at its best setting of the other axes. Ranges are cut into parts.",
         lambda s: len([a for a in s.axes if s.judged[a].notna().all()]) > 1 and len(s.judged) > 3,
         lambda s: landscapes.heat_map(s.cells, *s.sides, s.metric, s.unit, s.mode),
         lambda s: interactive.heat_map(s.cells, *s.sides, s.mode),
@@ -169,10 +184,11 @@ KINDS: dict[str, Kind] = {
         lambda s: interactive.rung_diagram(s.table, s.rungs, s.metric),
     ),
     "pareto": Kind(
-        "Result against device time; nothing beats the joined configs in both.",
-        lambda s: len(s.judged) > 3 and s.judged["device_seconds"].nunique() > 1,
-        lambda s: landscapes.pareto(s.table, s.metric, s.unit, s.mode),
-        lambda s: interactive.pareto(s.table, s.metric, s.mode),
+        "Result against the other objectives (device time of a run, where there is one objective only); nothing beats "
+        "the marked configs in all of them.",
+        lambda s: len(s.points) > 3 and all(s.points[name].nunique() > 1 for name in s.others),
+        lambda s: landscapes.pareto(s.points, s.metric, s.others, {n: s.sweep.unit(n) for n in (s.metric, *s.others)}),
+        lambda s: interactive.pareto(s.points, s.metric, s.others),
     ),
 }
 

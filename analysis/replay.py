@@ -234,7 +234,7 @@ def finished_curves(sweep: Sweep, metric: str | None = None) -> tuple[dict[str, 
     order = list(dict.fromkeys(str(event["config_key"]) for event in sweep.events("proposed")))
     keys.sort(key=lambda key: order.index(key) if key in order else len(order))
     sign = -1.0 if sweep.mode(metric) == "min" else 1.0
-    rows = sweep.epochs([metric], configs=keys)
+    rows = sweep.of_search(sweep.epochs([metric], configs=keys))
     # A diverged seed makes the config's mean NaN from there on: schedulers see it as diverged.
     seeds = runs.groupby("config_key")["seed"].nunique()
     grouped = rows.groupby(["config_key", "epoch"])[metric].agg(["mean", "count"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from PIL import Image
 
 from analysis import figures, interactive
+from analysis.confirmation import confirmed_table, flattery, ties
 from analysis.doctor import cards_of
-from analysis.journal import confirmation, differences, speed
+from analysis.journal import speed, told
 from analysis.plotting import KINDS, Subject
 from analysis.store import ENDED, Sweep, open_sweep
 from analysis.summary import scores
@@ -66,7 +68,11 @@ def write_report(
 def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
     sweep, runs, table, metric = subject.sweep, subject.runs, subject.table, subject.metric
     environment = Environment(loader=PackageLoader("analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    images = [(text, path.name, base64.b64encode(path.read_bytes()).decode()) for text, path in pictures.items()]
+    images = [
+        (text, path.name, _shown_width(path), base64.b64encode(path.read_bytes()).decode())
+        for text, path in pictures.items()
+    ]
+    axes = _unsaid(table.head(SHOWN), sweep.axis_columns(table))
     cards = sorted(cards_of(sweep, metric), key=lambda card: ("FAIL", "WARN", "PASS").index(card.status))
     confirmed = scores(sweep, metric, subject.at, phase="confirm")
     return environment.get_template("report.html").render(
@@ -79,16 +85,62 @@ def _page(subject: Subject, pictures: Mapping[str, Path]) -> str:
         better={"max": "higher is better", "min": "lower is better"}.get(sweep.mode(metric), "no direction"),
         at=subject.at,
         running=int((~runs["stop_reason"].isin(ENDED)).sum()),
-        rows=[_row(row) for row in table.head(SHOWN).to_dict("records")],
-        axes=[axis.removeprefix("axis.") for axis in sweep.axis_columns(table)],
+        rows=[_row(row, axes) for row in table.head(SHOWN).to_dict("records")],
+        axes=[axis.removeprefix("axis.") for axis in axes],
         hidden=max(0, len(table) - SHOWN),
-        observed=[*differences(sweep, runs, metric), *confirmation(sweep, runs, confirmed, metric), *speed(runs)],
+        confirmed=[_confirmed(row) for row in confirmed_table(sweep, runs, confirmed, metric).to_dict("records")],
+        ties=ties(sweep),
+        front=_front(subject),
+        objectives=[metric, *subject.others],
+        observed=[*told(sweep, runs, metric), *speed(runs)],
         cards=cards,
         images=images,
     )
 
 
-def _row(row: Mapping[Any, Any]) -> dict[str, Any]:
+def _shown_width(picture: Path) -> int:
+    """CSS pixels: letters of all figures come out equally large, a little larger than in print."""
+    with Image.open(picture) as image:
+        return round(image.width / figures.DPI * 144)
+
+
+def _unsaid(table: pd.DataFrame, axes: Sequence[str]) -> list[str]:
+    """Axes whose values the configs' labels do not say already."""
+    return [
+        axis
+        for axis in axes
+        if not all(_cell(value) in str(label) for label, value in zip(table["label"], table[axis], strict=True))
+    ]
+
+
+def _confirmed(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row of the report's first table."""
+    sd = row["sd"]
+    known = np.isfinite(row["low"])
+    return {
+        "label": row["label"],
+        "mean": figures.rounded(row["mean"], sd),
+        "sd": figures.rounded(sd, sd),
+        "interval": f"{figures.rounded(row['low'], sd)} … {figures.rounded(row['high'], sd)}" if known else "–",
+        "n": row["n"],
+        "search": figures.rounded(row["search"], sd),
+        "search_n": row["search_n"],
+        "flattery": flattery(row),
+    }
+
+
+def _front(subject: Subject) -> list[dict[str, Any]]:
+    """The configs that nothing beats, where the sweep optimised several objectives."""
+    if len(subject.sweep.objectives) < 2:
+        return []
+    front = subject.points[subject.points["front"]]
+    names = [subject.metric, *subject.others]
+    return [
+        {"label": row["label"], "values": [f"{row[name]:.4g}" for name in names]} for row in front.to_dict("records")
+    ]
+
+
+def _row(row: Mapping[Any, Any], axes: Sequence[str]) -> dict[str, Any]:
     sd = row["sd"]
     interval = (
         f"{figures.rounded(row['low'], sd)} … {figures.rounded(row['high'], sd)}" if np.isfinite(row["low"]) else "–"
@@ -105,7 +157,7 @@ def _row(row: Mapping[Any, Any]) -> dict[str, Any]:
         "time": duration(row["device_seconds"]),
         "device": row["device"],
         "judged": row["judged"],
-        "axes": [_cell(value) for name, value in row.items() if name.startswith("axis.")],
+        "axes": [_cell(row[axis]) for axis in axes],
     }
 
 
@@ -140,6 +192,7 @@ def facts(sweep: Sweep, runs: pd.DataFrame) -> list[tuple[str, str]]:
     git = info.get("git") or {}
     lines = [
         ("sweep", f"{info.get('sweep', sweep.name)} of {sweep.family}"),
+        ("optimised", ", ".join(f"{name} ({sweep.mode(name)})" for name in sweep.objectives)),
         ("configs × seeds", f"{runs['config_key'].nunique()} × {runs['seed'].nunique()}"),
         ("searcher, scheduler", f"{info.get('searcher', '')}, {rule}"),
         ("runs", ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none yet"),

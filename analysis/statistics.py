@@ -3,7 +3,7 @@
 Scores here are one number a run. Configs of a sweep train on the same seeds, and a seed fixes initial weights and data
 order, so that differences between configs are taken seed by seed (paired) wherever seeds are shared.
 
-What the tests assume stands with each of them. `tests/test_statistics_simulation.py` and
+What the tests assume stands with each of them. `tests/test_analysis_statistics.py` and
 `benchmarks/statistics_simulation.py` check by simulation that intervals cover and false positives stay near alpha.
 """
 
@@ -49,14 +49,16 @@ def interquartile_mean(values: ArrayLike) -> float:
     A quarter of the values is cut from each end, a fractional value in proportion, so that three seeds give more than
     their median. Source: Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021.
     """
-    ordered = np.sort(_finite(values))
-    n = len(ordered)
-    if n == 0:
-        return math.nan
+    x = _finite(values)
+    return float(_middle_half(x[None, :])[0]) if len(x) else math.nan
+
+
+def _middle_half(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The interquartile mean of each row."""
+    n = samples.shape[1]
     edge = np.arange(n + 1)
-    inside = np.minimum(edge[1:], 0.75 * n) - np.maximum(edge[:-1], 0.25 * n)
-    weight = np.clip(inside, 0, None)
-    return float(np.sum(weight * ordered) / np.sum(weight))
+    weight = np.clip(np.minimum(edge[1:], 0.75 * n) - np.maximum(edge[:-1], 0.25 * n), 0, None)
+    return np.sort(samples, axis=1) @ (weight / weight.sum())
 
 
 def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
@@ -64,6 +66,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 
     Assumes: independent runs, roughly normal scores. With few seeds it is the honest default; with a strongly skewed
     score (most seeds fine, some lost) it is too short on the long tail's side. One run has no interval (infinite).
+    Source: "Student", Biometrika 6, 1908.
     """
     x = _finite(values)
     n = len(x)
@@ -96,7 +99,7 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     samples = x[rng.integers(0, len(x), size=(resamples, len(x)))]
     if statistic == "iqm":
-        points, estimate = np.apply_along_axis(interquartile_mean, 1, samples), interquartile_mean(x)
+        points, estimate = _middle_half(samples), interquartile_mean(x)
     elif statistic == "median":
         points, estimate = np.median(samples, axis=1), float(np.median(x))
     else:
@@ -158,6 +161,7 @@ def paired_p(differences: ArrayLike, test: Test = "t") -> float:
     """Two-sided p that seed-by-seed differences are centred at zero. NaN with fewer than two seeds.
 
     "t": Student's paired test. Assumes differences independent over seeds and roughly normal.
+        Source: "Student", Biometrika 6, 1908.
     "permutation": sign flips of each difference, all 2^n of them while that is at most 20,000, else 20,000 drawn at
         random (with a fixed seed). Assumes only that under the null each difference is symmetric about zero. Its
         smallest p is 2/2^n: with five seeds it can never go below 0.0625.
@@ -192,7 +196,9 @@ def unpaired_p(a: ArrayLike, b: ArrayLike, test: Test = "t") -> float:
         Source: Welch, Biometrika 34, 1947.
     "permutation": the difference of means over all splits of the pooled runs (20,000 random ones where there are more).
         Assumes that under the null all runs are exchangeable, equal spread included.
+        Source: Pitman, Supplement to the Journal of the Royal Statistical Society 4, 1937.
     "wilcoxon": rank sum (Mann-Whitney). Assumes the same, and asks which group tends to score higher.
+        Source: Mann & Whitney, Annals of Mathematical Statistics 18, 1947.
     """
     x, y = _finite(a), _finite(b)
     if min(len(x), len(y)) < 2:
@@ -291,7 +297,10 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def all_pairs_p(scores: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Paired t-tests of every pair of rows of `scores` [config, seed] (no gaps), at once: (i, j, p)."""
+    """Paired t-tests of every pair of rows of `scores` [config, seed] (no gaps), at once: (i, j, p).
+
+    Assumes and is, pair by pair, what `paired_p` says of "t".
+    """
     i, j = np.triu_indices(len(scores), 1)
     gaps = scores[i] - scores[j]
     n = scores.shape[1]

@@ -53,6 +53,15 @@ _STANDARD: dict[str, Any] = {
 """Columns that every reader may count on -> the value where runs.parquet does not have them yet."""
 
 
+COSTS: dict[str, dict[str, str]] = {
+    "device_seconds": {"unit": "s", "mode": "min", "doc": "device time of one run, amortised over the lanes"},
+}
+"""Metrics that are columns of runs.parquet themselves, whatever the family."""
+
+_NEEDED = ("run_key", "config_key", "seed")
+"""Columns without which no row is a run's."""
+
+
 def _reading(read: Callable[P, T]) -> Callable[P, T]:
     """Reads again where a part file, listed a moment before, was merged into a larger one (a sweep that runs)."""
 
@@ -99,6 +108,11 @@ class Sweep:
         return str(self.info.get("metric") or self.info.get("headline") or "")
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        """All that the sweep optimised; the first is `metric`."""
+        return (self.metric, *(str(name) for name in self.info.get("others") or ()))
+
+    @property
     def axes(self) -> list[dict[str, Any]]:
         """The space, one plain dict an axis (`Space.to_plain`)."""
         return list(self.info.get("space") or [])
@@ -123,7 +137,7 @@ class Sweep:
         return "none"
 
     def _metric(self, metric: str) -> dict[str, Any]:
-        return (self.info.get("metrics") or {}).get(metric, {})
+        return (self.info.get("metrics") or {}).get(metric) or COSTS.get(metric, {})
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -133,8 +147,8 @@ class Sweep:
         path = self.folder / "runs.parquet"
         try:
             return list(pq.read_schema(path).names) if path.exists() else []
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
     def runs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """One row a run. Standard columns are always there; `columns` adds others (None: all of them).
@@ -148,11 +162,15 @@ class Sweep:
         try:
             with path.open("rb") as file:  # one open file: the sweep may replace it between two opens
                 parquet = pq.ParquetFile(file)
+                _check_columns(path, parquet.schema_arrow)
                 have = parquet.schema_arrow.names
                 wanted = None if columns is None else [c for c in have if c in _STANDARD or c in columns]
                 frame = parquet.read(columns=wanted).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        for name in _NEEDED:
+            if frame[name].isna().any():
+                raise UserError(f"{path} has rows without {name}: it is not what a sweep wrote")
         for name, default in _STANDARD.items():
             if name not in frame:
                 frame[name] = default
@@ -182,6 +200,13 @@ class Sweep:
         order = [f"axis.{axis['name']}" for axis in self.axes]
         rest = [c for c in runs.columns if c.startswith("axis.") and c not in order]
         return [c for c in order if c in runs.columns] + rest
+
+    def of_search(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Of rows with a `run_key`, those whose runs took part in choosing."""
+        if "phase" not in self.run_columns:
+            return rows
+        runs = self.runs(["phase"])
+        return rows[~rows["run_key"].isin(runs["run_key"][runs["phase"] == "confirm"])]
 
     # --- curves -----------------------------------------------------------------------------------------------------
 
@@ -227,7 +252,10 @@ class Sweep:
         data = self._dataset("covariates")
         if data is None:
             return []
-        return sorted(pc.unique(data.to_table(columns=["name"])["name"]).to_pylist())
+        names: set[str] = set()
+        for batch in data.to_batches(columns=["name"]):
+            names.update(pc.unique(batch["name"]).to_pylist())
+        return sorted(names)
 
     @_reading
     def metrics_of(self, table: str) -> list[str]:
@@ -245,8 +273,8 @@ class Sweep:
             schema = pa.unify_schemas(schemas, promote_options="permissive")
         except FileNotFoundError:
             raise  # merged into a larger one since it was listed: `_reading` looks again
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise UserError(f"{self.folder / table} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         return ds.dataset(files, schema=schema, format="parquet")
 
     @_reading
@@ -260,7 +288,10 @@ class Sweep:
             if name not in data.schema.names and name not in ("task", "step"):
                 raise unknown(f"metric in {self.name}/{table}", name, self.metrics_of(table))
         present = None if columns is None else [c for c in dict.fromkeys(columns) if c in data.schema.names]
-        frame = data.to_table(columns=present, filter=where).to_pandas()
+        try:
+            frame = data.to_table(columns=present, filter=where).to_pandas()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         # Stable sort: of rows written twice by a resumed run, the later file's stays.
         frame = frame.drop_duplicates(key, keep="last").sort_values(key, kind="stable")
         return frame.reset_index(drop=True)
@@ -285,6 +316,26 @@ class Sweep:
     def schedule(self) -> dict[str, int]:
         """`steps_per_epoch`, `epochs`, `epochs_per_task` of the sweep's base program, where sweep.json has them."""
         return {name: int(value) for name, value in (self.info.get("schedule") or {}).items()}
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    """The columns that every reader counts on are of their types, or `UserError`."""
+    for name in _NEEDED:
+        if name not in schema.names:
+            raise UserError(f"{path} has no column {name}: it is not what a sweep wrote")
+    for name, default in _STANDARD.items():
+        if name not in schema.names or not isinstance(default, (str, int, float)):
+            continue
+        kind = schema.field(name).type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not pa.types.is_null(kind) and not (text if isinstance(default, str) else number):
+            raise UserError(f"{path} holds {name} as {kind}: it is not what a sweep wrote")
 
 
 def _among(column: str, values: Iterable[Any] | None) -> pc.Expression | None:
@@ -331,12 +382,16 @@ def _fetch_sweep(storage: str, name: str, curves: Iterable[str]) -> Sweep:
 
 
 def _info(folder: Path) -> dict[str, Any]:
+    path = folder / "sweep.json"
     try:
-        info = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'sweep.json'} is not JSON: {error}") from error
+        info = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(info, dict):
-        raise UserError(f"{folder / 'sweep.json'} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
+    for name, kind in (("metrics", dict), ("space", list), ("schedule", dict), ("metric", str), ("scheduler", dict)):
+        if info.get(name) is not None and not isinstance(info[name], kind):
+            raise UserError(f"{path} is damaged: {name} is {str(info[name])[:60]!r}")
     return info
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from analysis.errors import UserError, unknown
 from analysis.statistics import interquartile_mean
-from analysis.store import ENDED, Sweep, open_sweep, sweep_names
+from analysis.store import COSTS, ENDED, Sweep, open_sweep, sweep_names
 from tuning.mirror import is_url
 
 _AT = re.compile(r"(epoch|step)=(\d+)")
@@ -28,12 +28,12 @@ def scores(
     """One row a run, with its `value` of `metric`.
 
     Args:
-        metric: a summary key or a curve's metric; default: what the sweep optimised.
+        metric: a summary key, a curve's metric or one of `store.COSTS`; default: what the sweep optimised.
         at: "final" (last report), "best" (best report: optimistic, and said so in reports), "epoch=N" or "step=N" (the
             curve's value there; runs that ended before have none).
         columns: further run columns to read (None: every axis).
-        phase: "search": runs that took part in choosing; "confirm": runs on fresh seeds that did not (the column
-            `phase` of runs.parquet says which; without it all runs are of the search).
+        phase: "search": runs that took part in choosing, those of a race among them; "confirm": runs on fresh seeds
+            that did not (the column `phase` of runs.parquet says which; without it all runs are of the search).
 
     Returns:
         Run columns, `value` (NaN where there is none), and `judged`: whether the run may be compared at `at`: it
@@ -55,7 +55,7 @@ def scores(
         runs["value"] = _curve_values(sweep, runs, metric, named[1], int(named[2]))
         runs["judged"] = np.isfinite(runs["value"])
     else:
-        column = f"{at}.{metric}"
+        column = metric if metric in COSTS else f"{at}.{metric}"
         runs = _of_phase(sweep.runs([*columns, column, "phase"]), phase)
         if column not in runs and len(runs):
             have = [name.split(".", 1)[1] for name in known if name.startswith(f"{at}.")]
@@ -164,6 +164,13 @@ def pivot(runs: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
     return used.pivot_table(index="config_key", columns="seed", values="value", aggfunc="last", sort=False)
 
 
+def complete(matrix: pd.DataFrame) -> pd.DataFrame:
+    """Scores without gaps: the configs that have every seed; where that is less than half of them (some were given more
+    seeds than others), the seeds that every config has."""
+    by_rows = matrix.dropna()
+    return by_rows if 2 * len(by_rows) >= len(matrix) else matrix.dropna(axis=1)
+
+
 def list_sweeps(storage: Path | str) -> pd.DataFrame:
     """One row a sweep: configs, runs, how they stand, the best mean so far, device hours, when it started."""
     if not is_url(storage) and not Path(storage).is_dir():
@@ -173,6 +180,7 @@ def list_sweeps(storage: Path | str) -> pd.DataFrame:
         sweep = open_sweep(storage, name, curves=())
         runs = scores(sweep, columns=[])
         table = summarise(sweep, runs)
+        fresh = scores(sweep, columns=[], phase="confirm")
         judged = table[table["judged"]] if len(table) else table
         rows.append(
             {
@@ -186,6 +194,7 @@ def list_sweeps(storage: Path | str) -> pd.DataFrame:
                 "metric": sweep.metric,
                 "best": judged["mean"].iloc[0] if len(judged) else np.nan,
                 "best_config": judged["label"].iloc[0] if len(judged) else "",
+                "confirmed": fresh["config_key"][fresh["judged"]].nunique(),
                 "device_hours": float(runs["device_seconds"].sum()) / 3600,
                 "started_at": str(sweep.info.get("started_at", "")),
             }

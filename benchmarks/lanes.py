@@ -86,6 +86,8 @@ def main(
     except BadValue as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
+    # told to end, take the arm's processes along
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench.kernel_rows, bench.seconds, bench.seeds, bench.reuse = engine or [], seconds, seeds, reuse_actors
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = False

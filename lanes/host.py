@@ -79,7 +79,7 @@ class Host:
         self._checkpoints: Checkpoints = StoredCheckpoints(settings.make_checkpoints())
         self._stacks: dict[str, Stack] = {}
         self._stack_of: dict[str, str] = {}  # token -> program key
-        self._arrays: dict[str, Any] = {}  # memory-mapped file -> tensor on the device, shared by programs
+        self._arrays: dict[tuple, Any] = {}  # part of a memory-mapped file -> tensor on the device, for all programs
         self._notices: list[str] = []  # for the user, with the next report
         self._ended_here: list[Report] = []  # of configs for which there was no memory
 
@@ -226,20 +226,38 @@ class Host:
         return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """On the device, once for all programs that read the same memory-mapped file."""
+        """On the device, once for all programs that read the same part of a memory-mapped file."""
         from lanes.engine import put
 
         placed = {}
         for name, array in arrays.items():
-            file = str(getattr(array, "filename", None) or "")
-            if file not in self._arrays:
-                tensor = put({name: array}, self.device)[name]
-                if not file:
-                    placed[name] = tensor
-                    continue
-                self._arrays[file] = tensor
-            placed[name] = self._arrays[file]
+            part = _part(array)
+            if part is None:
+                placed[name] = put({name: array}, self.device)[name]
+                continue
+            if part not in self._arrays:
+                self._arrays[part] = put({name: array}, self.device)[name]
+            placed[name] = self._arrays[part]
         return placed
+
+
+def _part(array: Any) -> tuple | None:
+    """Which part of which file a memory-mapped array shows; None for an array in memory."""
+    if not getattr(array, "filename", None):
+        return None
+    whole = array
+    while hasattr(whole.base, "filename"):
+        whole = whole.base
+    return str(array.filename), array.ctypes.data - whole.ctypes.data, array.shape, array.strides, array.dtype.str
+
+
+def described(label: str, device: str) -> str:
+    """A device with its model, for readers who wonder about times: `cuda:0@10.0.0.2 NVIDIA H200`."""
+    if device != "cuda":
+        return label
+    import torch
+
+    return f"{label} {torch.cuda.get_device_name()}"
 
 
 class HostActor:
@@ -304,7 +322,8 @@ class HostActor:
                 name, args, done = self._commands.get()
                 try:
                     if host is None:
-                        host = Host(self._settings, self._device, self._label, self._on_rate)
+                        label = described(self._label, self._device)
+                        host = Host(self._settings, self._device, label, self._on_rate)
                     getattr(host, name)(*args)
                     self._tell(_settle, done, None)
                 except Exception as error:

@@ -117,7 +117,9 @@ class Placement:
         same = [slot for slot in self.loads if self._programs[slot][program]]
         if self._rule == "spread" and same:
             kept = min(same, key=lambda slot: self._cost(slot, program, lanes))
-            if self._cost(kept, program, lanes) <= 2 * self._cost(least, program, lanes):
+            # on a GPU another host of the program means compiling it again; on a core it costs next to nothing
+            idle = kept.kind == "cpu" and self.loads[kept] and not self.loads[least]
+            if not idle and self._cost(kept, program, lanes) <= 2 * self._cost(least, program, lanes):
                 return kept
         return least
 

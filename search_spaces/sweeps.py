@@ -27,7 +27,9 @@ class Sweep:
         seeds: runs per config.
         searcher, scheduler: as the command line's flags.
         trials: number of configs for searchers that are not a grid; None means the whole grid.
-        metric: summary key to optimise; "" means the family's headline.
+        metric: summary key to optimise, or several with commas; "" means the family's headline.
+        confirm: how many of the best configs to run again on fresh seeds at the end; 0: none.
+        race: give more seeds to the configs that may still be the best.
         covariates: what else to record, as the command line's --covariates.
     """
 
@@ -42,6 +44,8 @@ class Sweep:
     trials: int | None = None
     metric: str = ""
     covariates: tuple[str, ...] = ()
+    confirm: int = 0
+    race: bool = False
 
     @property
     def configs(self) -> int | None:

@@ -105,11 +105,18 @@ class Postgres:
     def freeze(self) -> None:
         """SIGSTOP it and all its backends: it answers nobody, and nobody is refused."""
         for pid in self._pids():
-            os.kill(pid, signal.SIGSTOP)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        for pid in self._pids():
-            os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(FileNotFoundError):  # killed meanwhile
+            for pid in self._pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def ping(self) -> None:
+        """Connect, as a client does, and wait for an answer."""
+        self._connect().close()
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -223,6 +230,7 @@ class MlflowServer:
 
     def wait(self) -> None:
         """Until it answers."""
+        self.thaw()
         assert self._process is not None
         deadline = time.monotonic() + READY_SECONDS
         while not self._healthy():
@@ -241,7 +249,8 @@ class MlflowServer:
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._signal(signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # killed meanwhile
+            self._signal(signal.SIGCONT)
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:

@@ -16,7 +16,7 @@ from analysis.cli import app
 from analysis.doctor import examine
 from analysis.errors import UserError
 from analysis.importance import main_effects
-from analysis.journal import MARK, add_note, write_journal
+from analysis.journal import MARK, add_note, entries, notes, write_journal
 from analysis.store import open_sweep
 from analysis.summary import scores, summarise
 from tests.sweep_factory import Arm, grid_arms, lr_arms, tree, write_sweep
@@ -131,6 +131,31 @@ def test_notes_are_dated_and_survive(tmp_path):
         add_note(tmp_path, "demo", "  ")
 
 
+def test_the_journal_as_tables(tmp_path):
+    write_sweep(tmp_path, lr_arms())
+    lines = entries(tmp_path, "demo")
+    text = write_journal(tmp_path, "demo").read_text()
+    assert all(line in text for line in lines["text"])
+    runs = lines[lines["section"] == "run"]
+    assert set(runs["config_key"]) == {arm.key for arm in lr_arms()}
+    add_note(tmp_path, "demo", "looks fine\nsecond line", datetime(2026, 3, 2, tzinfo=UTC))
+    add_note(tmp_path, "demo", "again", datetime(2026, 3, 3, tzinfo=UTC))
+    assert notes(tmp_path).to_dict("records") == [
+        {"name": "demo", "date": "2026-03-02", "text": "looks fine\nsecond line"},
+        {"name": "demo", "date": "2026-03-03", "text": "again"},
+    ]
+
+
+def test_each_line_names_its_device_where_devices_differ(tmp_path):
+    arms = [replace(arm, device=f"cuda:{i % 2}@a NVIDIA H{1 + i % 2}00") for i, arm in enumerate(lr_arms())]
+    write_sweep(tmp_path, arms)
+    assert re.search(
+        r"^- lr=0.003 -> .* 18 GPU-s on cuda:1@a NVIDIA H200$", write_journal(tmp_path, "demo").read_text(), re.M
+    )
+    write_sweep(tmp_path, [replace(arm, device=f"cpu:{i}@a") for i, arm in enumerate(lr_arms())], name="cores")
+    assert re.search(r"^- lr=0.003 -> .* 18 CPU-s$", write_journal(tmp_path, "cores").read_text(), re.M)
+
+
 def test_user_words_are_no_markup(tmp_path):
     arms = lr_arms()
     arms[0] = replace(arms[0], label="<img src=x onerror=alert(1)>")
@@ -192,6 +217,27 @@ def test_early_ranks_that_mislead(tmp_path):
     found = card(tmp_path, "early ranks")
     assert found["status"] == "WARN"
     assert "7. then" in found["evidence"]
+
+
+def test_controls_tell_whether_pruning_was_safe(tmp_path):
+    """Survivors agree with their early ranks; controls show that late bloomers were lost."""
+    rule = {"name": "asha", "grace": 3, "reduction_factor": 3, "max_t": 27, "rungs": [3, 9]}
+    early = [Arm(f"x={i}", 0.80 + 0.01 * i, axis={"x": float(i)}, tau=2.0) for i in range(9)]
+    pruned = [replace(arm, stop_epoch=None if i > 3 else 3) for i, arm in enumerate(early)]
+    write_sweep(tmp_path, pruned, epochs=27, scheduler=rule)
+    alone = card(tmp_path, "early ranks")
+    assert (alone["status"], "4 were pruned" in alone["evidence"]) == ("PASS", True)
+    assert "--controls" in alone["advice"]
+    late = [replace(arm, tau=0.5 * 1.8**i) for i, arm in enumerate(early)]
+    for name, arms, status in (("same", early, "PASS"), ("late", late, "FAIL")):
+        write_sweep(tmp_path, arms, name=name, epochs=27)
+        found = examine(tmp_path, "demo", controls=name).set_index("check").loc["early ranks"]
+        assert found["status"] == status, found["evidence"]
+        assert f"9 controls of {name}, none of them pruned" in found["evidence"]
+    assert float(re.search(r"keeps their winner in (\d+)%", found["evidence"])[1]) < 50
+    write_sweep(tmp_path, early, name="short", epochs=9)
+    with pytest.raises(UserError, match="runs 9 epochs, demo 27"):
+        examine(tmp_path, "demo", controls="short")
 
 
 def test_noise_that_hides_everything(tmp_path):
@@ -278,6 +324,8 @@ def test_importance_finds_the_axis_that_matters(tmp_path):
     assert effects.index[0] == "lr"
     assert effects.loc["lr", "share"] > 0.6
     assert effects.loc["idle", "share"] < 0.15
+    few = main_effects(sweep, summarise(sweep, scores(sweep)).head(10)).set_index("axis")
+    assert few["high"].max() < 1  # ten values of a range are no ten groups
 
 
 def test_command_lines(tmp_path):

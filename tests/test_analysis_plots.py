@@ -13,12 +13,13 @@ import pytest
 from matplotlib.colors import to_rgb
 from typer.testing import CliRunner
 
-from analysis import figures, landscapes
+from analysis import figures, interactive, landscapes
 from analysis.cli import app
 from analysis.compare import grid
 from analysis.curves import learning_curves
 from analysis.errors import UserError
 from analysis.figures import rounded
+from analysis.objectives import nondominated
 from analysis.plotting import KINDS, plot
 from analysis.report import write_report
 from analysis.store import open_sweep
@@ -101,16 +102,12 @@ def test_heat_map_marks_the_best_cell(tmp_path):
 
 
 def test_pareto_front_by_hand():
-    table = pd.DataFrame(
-        {
-            "mean": [0.5, 0.7, 0.6, 0.9, 0.9, 0.95],
-            "device_seconds": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-            "judged": [True, True, True, True, True, False],
-            "label": list("abcdef"),
-        }
-    )
-    assert landscapes.pareto_front(table)["label"].tolist() == ["a", "b", "d"]
-    assert landscapes.pareto_front(table, "min")["label"].tolist() == ["a"]
+    points = np.array([[0.5, 1.0], [0.7, 2.0], [0.6, 3.0], [0.9, 4.0], [0.9, 5.0], [0.95, 6.0]])
+    assert nondominated(points, ["max", "min"]).tolist() == [True, True, False, True, False, True]
+    assert nondominated(points, ["min", "min"]).tolist() == [True] + 5 * [False]
+    assert nondominated(points, ["max", "max"]).tolist() == 5 * [False] + [True]
+    twins = np.array([[1.0, 2.0], [1.0, 2.0], [0.0, 3.0]])
+    assert nondominated(twins, ["max", "min"]).tolist() == [True, True, False]
 
 
 def test_rung_diagram_counts_who_went_on(tmp_path):
@@ -146,6 +143,23 @@ def test_interactive_figures_hold_the_numbers(tmp_path):
     text = page[page.rindex("Plotly.newPlot") :]
     assert json.dumps("lr=0.01") in text
     assert '"type":"log"' in text
+
+
+def test_interactive_lines_pass_axes_that_a_config_does_not_have(tmp_path):
+    """Plotly draws no line that has a gap."""
+    arms = [
+        Arm(f"c{i}", 0.9 - 0.01 * i, axis={"method": "l2", "l2": 10.0**-i} if i % 2 else {"method": "none"})
+        for i in range(8)
+    ]
+    write_sweep(tmp_path, arms, space=[{"name": "method", "kind": "choice", "values": ["l2", "none"]}], epochs=3)
+    sweep = open_sweep(tmp_path, "demo")
+    table = summarise(sweep, scores(sweep))
+    figure = interactive.parallel_coordinates(table, ["axis.method", "axis.l2"], "last_test_acc")
+    lines = figure.data[0].dimensions
+    assert all(np.isfinite(np.asarray(dimension["values"], dtype=float)).all() for dimension in lines)
+    numeric = next(d for d in lines if d["label"].endswith("l2"))
+    assert numeric["ticktext"][0] == "none"
+    assert sum(np.asarray(numeric["values"]) == numeric["tickvals"][0]) == 4
 
 
 def test_command_line_and_refusals(tmp_path):

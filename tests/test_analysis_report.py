@@ -20,6 +20,8 @@ import analysis
 from analysis.cli import app
 from analysis.curves import curve_metric, learning_curves
 from analysis.errors import UserError
+from analysis.journal import MARK
+from analysis.mlflow_link import fitting
 from analysis.report import write_report
 from analysis.store import open_sweep
 from analysis.summary import list_sweeps, pivot, scores, summarise
@@ -34,6 +36,7 @@ ALLOWED = {
     "matplotlib",
     "plotly",
     "jinja2",
+    "PIL",
     "typer",
     "rich",
     "mlflow",
@@ -315,9 +318,50 @@ def test_report_and_description_reach_the_sweeps_mlflow_run(tmp_path):
     assert client.list_artifacts(config.info.run_id) == []
     sweep = open_sweep(tmp_path, "demo")
     assert log_to_sweep_run(sweep, uri, description="# journal") == run_id
-    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "# journal"
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "**journal**"
     with pytest.raises(UserError, match="does not answer"):
         log_to_sweep_run(sweep, "http://127.0.0.1:9")
+
+
+def test_a_description_too_long_for_mlflow_loses_runs_and_no_words():
+    listed = [f"- lr={i} -> 0.9 ± 0.1 (n=5)" for i in range(1000)]
+    text = "\n".join(
+        ["# Title", "asked", "", *listed, "", "Observations:", "- a beats b", "", MARK, "result: mine", ""]
+    )
+    cut = fitting(text)
+    assert 7500 < len(cut) <= 8000
+    assert cut.startswith("**Title**\nasked\n\n- lr=0 ->")
+    assert "Observations:\n- a beats b" in cut
+    assert cut.endswith("result: mine\n")
+    left = int(re.search(r"- \.\.\. (\d+) more lines in the artifact report/journal.md", cut)[1])
+    assert left + cut.count("- lr=") == 1000
+    own = fitting(f"# Title\n{MARK}\n" + "my words " * 2000 + "the end")
+    assert len(own) <= 8000
+    assert own.endswith("the end")
+
+
+@pytest.mark.parametrize("runs", ["running", "none"])
+def test_every_command_reads_a_sweep_that_runs_or_has_just_begun(tmp_path, runs):
+    """No command ends with a traceback; those with nothing to say refuse in one line."""
+    arms = [replace(arm, running_at=4) if i else arm for i, arm in enumerate(lr_arms())]
+    write_sweep(tmp_path, arms, epochs=9)
+    if runs == "none":
+        (tmp_path / "demo" / "runs.parquet").unlink()
+        for part in (tmp_path / "demo" / "epochs").iterdir():
+            part.unlink()
+    out = ["--out", str(tmp_path / "out")]
+    commands = [
+        ["list"], ["report", "demo", "--journal"], ["journal", "demo"], ["doctor", "demo"], ["note", "demo", "so far"],
+        ["compare", "demo", "--at", "epoch=3", "--metric", "test_acc"], ["table", "demo", "--rows", "lr"],
+        ["plot", "demo"], ["replay", "demo"], ["export", "demo", "--layout", "csv", *out],
+    ]  # fmt: skip
+    for arguments in commands:
+        done = CliRunner().invoke(app, [*arguments, "--storage", str(tmp_path)])
+        assert done.exit_code in (0, 2), (arguments, done.output, done.exception)
+        if done.exit_code == 2:
+            assert done.stderr.startswith("error: "), arguments
+            assert done.stderr.count("\n") == 1, arguments
+        assert done.exit_code == 0 or arguments[0] == "replay" or runs == "none", (arguments, done.stderr)
 
 
 def test_a_stored_tracking_server_that_is_away_costs_a_line_and_nothing_else(tmp_path):
@@ -347,3 +391,11 @@ def test_ten_thousand_runs_are_summarised_without_their_curves(tmp_path):
     table = summarise(sweep, scores(sweep))
     assert len(table) == 5000
     assert json.loads(json.dumps(table["n"].tolist())) == [2] * 5000
+
+
+def test_a_report_that_waits_is_written_when_told_and_not_without(tmp_path):
+    write_sweep(tmp_path, lr_arms(), seeds=2, epochs=3)
+    command = [sys.executable, "-m", "analysis", "report", "demo", "--storage", str(tmp_path), "--tracking-uri", "none"]
+    for told, written in (("", False), ("\n", True)):  # whoever starts it may be gone before the sweep is over
+        done = subprocess.run([*command, "--when-told"], input=told, text=True, capture_output=True, check=True)
+        assert (tmp_path / "demo" / "report" / "index.html").exists() == written == bool(done.stdout), done.stderr

@@ -80,7 +80,7 @@ MISTAKES = {
     "space-bad-end": (["grid", "--space", "lr=low..1"], "should be a number"),
     "space-list": (["grid", "--space", "lr=0.1,x"], "should be a number"),
     "space-arm": (["named", "--space", "run=exp1,exp9"], "no arm 'exp9'"),
-    "space-nan": (["grid", "--space", "lr=nan..1"], "empty range"),
+    "space-nan": (["grid", "--space", "lr=nan..1"], "finite number"),
     "grid-range": (["grid", "--space", "lr=0.1..0.3"], "a grid cannot enumerate the range lr"),
     "random-endless": (["grid", "--space", "lr=0.1..0.3", "--searcher", "random"], "--trials"),
     "seeds": (["grid", "--seeds", "0"], "--seeds 0 should be 1 or more"),
@@ -97,6 +97,26 @@ MISTAKES = {
     "name-slash": (["grid", "--name", "a/b"], "'a/b'"),
     "resume-path": (["grid", "--resume", "../x"], "'../x'"),
     "resume-unknown": (["grid", "--resume", "never"], "no sweep 'never'"),
+    "confirm-none": (["grid", "--confirm", "0"], "--confirm 0 should be 1 or more"),
+    "confirm-more-than-there-are": (["grid", "--confirm", "7"], "more configs than the sweep tries (6)"),
+    "confirm-seeds-none": (["grid", "--confirm", "1", "--confirm-seeds", "0"], "--confirm-seeds 0 should be 1 or more"),
+    "confirm-seeds-alone": (["grid", "--confirm-seeds", "3"], "say how many configs with --confirm"),
+    "confirm-seeds-many": (["grid", "--confirm", "1", "--confirm-seeds", "5000"], "at most 4999 seeds"),
+    "confirm-pbt": (["grid", "--confirm", "1", "--scheduler", "pbt"], "--confirm trains configs on further seeds"),
+    "race-one-seed": (["grid", "--race", "--seeds", "1"], "give --seeds 2 or more"),
+    "race-pbt": (["grid", "--race", "--scheduler", "pbt"], "choose another scheduler"),
+    "race-seeds-few": (["grid", "--race", "--seeds", "3", "--race-seeds", "3"], "should be more than --seeds 3"),
+    "race-seeds-alone": (["grid", "--race-seeds", "9"], "give --race too"),
+    "race-two-metrics": (["grid", "--race", "--metric", "test_loss,device_seconds"], "one finishing line"),
+    "margin-alone": (["grid", "--margin", "0.1"], "give --race too"),
+    "margin-nothing": (["grid", "--race", "--margin", "0"], "--margin 0 should be above 0"),
+    "margin-nan": (["grid", "--race", "--margin", "nan"], "--margin nan should be above 0"),
+    "metric-in-list": (["grid", "--metric", "test_loss,hours"], "--metric hours is nothing"),
+    "metric-empty": (["grid", "--metric", "test_loss,"], "nothing tests.toys.regression can optimise"),
+    "metric-twice": (["grid", "--metric", "test_loss,test_loss"], "names test_loss twice"),
+    "metrics-hyperopt": (["demo", "--metric", "test_loss,device_seconds", "--searcher", "hyperopt"], "one metric only"),
+    "metrics-pbt": (["grid", "--metric", "test_loss,device_seconds", "--scheduler", "pbt"], "needs one metric"),
+    "cost-asha": (["demo", "--metric", "device_seconds,test_loss"], "name another metric first"),
     "pbt-no-hyper": (["grid", "--scheduler", "pbt", "--set", "lr=0.1"], "nothing to perturb"),
 }
 
@@ -214,12 +234,29 @@ def test_an_axis_given_by_the_user_keeps_field_and_condition_of_the_one_it_repla
 
 
 def test_plans_survive_json():
-    plan = plan_of("demo", settings=["noise=0.5"], covariates="all", time_budget=9.0)
+    later = {"confirm": 2, "confirm_seeds": 7, "race": None, "race_seeds": None, "margin": None}
+    metric = "test_loss,device_seconds"
+    plan = plan_of("demo", settings=["noise=0.5"], covariates="all", time_budget=9.0, metric=metric, later=later)
+    assert (plan.objectives, plan.confirm, plan.confirm_seeds) == (("test_loss", "device_seconds"), 2, 7)
     again = SweepPlan.from_plain(plan.to_plain(), plan.storage)
     assert again == plan
     assert again.resolve(again.space.at({"width": 0.9, "lr": 0.5})) == plan.resolve(
         plan.space.at({"width": 0.9, "lr": 0.5})
     )
+
+
+def test_what_a_named_sweep_asks_for_afterwards_and_flags_over_it():
+    (sweep,) = [sweep for sweep in SWEEPS.sweeps if sweep.name == "grid"]
+    asking = replace(SWEEPS, sweeps=(replace(sweep, confirm=2, race=True),), default="grid")
+    plan = resolve(asking, None, **FLAGS)
+    assert (plan.confirm, plan.race) == (2, True)
+    assert plan.fresh_seeds() == [5_000, 5_001]
+    assert not set(plan.fresh_seeds()) & set(plan.run_seeds(4_999))
+    later = {"confirm": 3, "confirm_seeds": 4, "race": None, "race_seeds": 9, "margin": 0.1}
+    plan = resolve(asking, None, **FLAGS, later=later)
+    assert (plan.confirm, plan.race_seeds, plan.margin) == (3, 9, 0.1)
+    assert len(plan.fresh_seeds()) == 4
+    assert SweepPlan.from_plain(plan.to_plain(), plan.storage) == plan
 
 
 def test_seeds_of_runs_are_paired_and_follow_the_sweep_s_seed():
@@ -261,7 +298,8 @@ def test_help_tells_every_flag_and_its_default(capfd):
     assert stopped.value.code == 0
     names = (
         "list plan data data-dir trials seeds seed searcher scheduler metric covariates lanes engine set space name "
-        "storage tracking-uri address resume max-concurrent time-budget quiet"
+        "storage tracking-uri address resume max-concurrent time-budget quiet confirm confirm-seeds race race-seeds "
+        "margin"
     )
     for flag in names.split():
         assert f"--{flag}" in out

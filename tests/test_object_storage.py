@@ -267,6 +267,7 @@ class BucketSweep(Process):
         return Swept(folder, swept.code, swept.out, swept.err)
 
 
+@pytest.mark.heavy
 def test_killed_and_resumed_on_another_machine_with_nothing_but_the_bucket(server, tmp_path, undisturbed):
     first, second = tmp_path / "first", tmp_path / "second"
     process = BucketSweep(server, first, "killed", *UNDISTURBED)

@@ -116,7 +116,7 @@ def proposer(tmp_path):
     plan = plan_of("grid", storage=tmp_path, name="s")
     plan.folder.mkdir()
     made = Proposer(plan, make_source(plan), Journal(plan.folder / "journal.jsonl"), lambda event: None)
-    assert made.set_max_concurrency(2)
+    made.limit = 2
     return made
 
 

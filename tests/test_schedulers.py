@@ -211,7 +211,7 @@ def test_clamp_keeps_whole_numbers_whole():
 
 # --- NaN ---
 
-SETTINGS = {"metric": "test_loss", "modes": {"test_loss": "min", "train_loss": "min"}, "length": 9}
+SETTINGS = {"objectives": ("test_loss",), "modes": {"test_loss": "min", "train_loss": "min"}, "length": 9}
 CONFIG = {"config_key": "c", "epochs": 9}
 
 

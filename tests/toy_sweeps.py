@@ -48,7 +48,7 @@ class Swept:
     def table(self, kind: str) -> pd.DataFrame:
         """epochs or steps, the last of rows written twice, as docs/storage.md says."""
         by = ["run_key", {"steps": "step", "epochs": "epoch"}[kind]]
-        rows = pd.concat([pq.read_table(path).to_pandas() for path in sorted((self.folder / kind).iterdir())])
+        rows = pd.concat([pq.read_table(path).to_pandas() for path in sorted((self.folder / kind).glob("*.parquet"))])
         return rows.drop_duplicates(by, keep="last").sort_values(by).reset_index(drop=True)
 
     @property
@@ -109,9 +109,10 @@ class Process:
         """SIGKILL one of the processes it started, by the beginning of its title."""
         os.kill(self.pids(title)[0], signal.SIGKILL)
 
-    def pids(self, title: str = "") -> list[int]:
-        """Processes it started, itself among them, by a word of their command lines."""
-        return sorted(pid for pid, line in self._alive() if title in line)
+    def pids(self, title: str = "", program: str = "") -> list[int]:
+        """Processes it started, itself among them: with `title` in their command lines, of a program of that name."""
+        found = ((pid, line) for pid, line in self._alive() if title in line)
+        return sorted(pid for pid, line in found if line.split(" ")[0].endswith(program))
 
     @property
     def pid(self) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints of runs: safetensors for the state, JSON for what goes with it; nothing in them can execute.
 
 `<folder>/<run_key>/<step>.safetensors` and `<step>.json` (schema version, SHA-256 of the tensors file, the run's curves
-so far). The JSON is written last and names the checksum, so that a pair is whole or does not count. Two pairs are kept.
+so far, SHA-256 of all that). The JSON is written last and names the checksums, so that a pair is whole or does not
+count. Two pairs are kept.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from tuning.storage import StorageError, Store, as_store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNCHECKED = 1
+"""The version before: its JSON had no checksum of its own."""
 KEPT = 2
 SEPARATOR = "::"
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class CheckpointStore:
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
+        import safetensors.torch  # the driver, which only discards, goes without torch
+
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
         data = safetensors.torch.save(tensors)
         plain = {
@@ -41,6 +45,7 @@ class CheckpointStore:
             "sha256": hashlib.sha256(data).hexdigest(),
             "extra": dict(extra),
         }
+        plain["check"] = _checksum(plain)
         self._store.write(f"{run_key}/{step:012d}.safetensors", data)
         self._store.write(f"{run_key}/{step:012d}.json", json.dumps(plain).encode())
         for old in self._steps(run_key)[:-KEPT]:
@@ -52,32 +57,52 @@ class CheckpointStore:
 
         at_most: prefer the newest that is not past this step.
         """
+        import safetensors
+
         steps = self._steps(run_key)
         if at_most is not None:
             steps.sort(key=lambda step: step if step <= at_most else -step)
         for step in reversed(steps):
             name = f"{run_key}/{step:012d}"
             try:
-                plain = json.loads(self._store.read(f"{name}.json"))
-                if plain["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema version {plain['schema_version']}, this is {SCHEMA_VERSION}")
-                data = self._store.read(f"{name}.safetensors")
-                if hashlib.sha256(data).hexdigest() != plain["sha256"]:
-                    raise ValueError("the tensors do not match their checksum")
-                return unflatten(safetensors.torch.load(data)), plain["extra"]
+                return self._read(name)
             except StorageError:
                 raise  # it is there, but cannot be had now
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, error)
+            except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+                why = " ".join(str(error).split())
+                log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, why)
         return None
 
     def discard(self, run_key: str) -> None:
         """Remove a run's checkpoints."""
         self._store.clear(run_key)
 
+    def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(state, extra) of a pair. Raises ValueError, or what reading raises, where it is damaged."""
+        import safetensors.torch
+
+        plain = json.loads(self._store.read(f"{name}.json"))
+        if not isinstance(plain, dict):
+            raise ValueError("its JSON is not what a checkpoint holds")
+        version = plain.get("schema_version")
+        if type(version) is not int or version not in (UNCHECKED, SCHEMA_VERSION):
+            raise ValueError(f"schema version {version}, this is {SCHEMA_VERSION}")
+        if version != UNCHECKED and plain.pop("check", None) != _checksum(plain):
+            raise ValueError("its JSON does not match its checksum")
+        data = self._store.read(f"{name}.safetensors")
+        if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
+            raise ValueError("the tensors do not match their checksum")
+        if not isinstance(plain.get("extra"), dict):
+            raise ValueError("its JSON is not what a checkpoint holds")
+        return unflatten(safetensors.torch.load(data)), plain["extra"]
+
     def _steps(self, run_key: str) -> list[int]:
         names = [key.rpartition("/")[2] for key in self._store.names(run_key)]
-        return sorted(int(name[: -len(".json")]) for name in names if name.endswith(".json"))
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def _checksum(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

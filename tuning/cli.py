@@ -5,19 +5,21 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
+from tuning import objectives
+from tuning.exits import run_command
+from tuning.followup import ASKED, ask_again, check
 from tuning.ground import trouble
 from tuning.journal import cut_off
 from tuning.keeping import (
@@ -35,10 +37,10 @@ from tuning.secrets import redact
 from tuning.shared import check_cluster
 from tuning.storage import Bucket, cache_dir, here_for
 from tuning.sweep import SweepPlan, driver_folder, perturbable
+from tuning.uris import check_uri
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
-# typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
-ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+NOTHING_LATER: Mapping[str, Any] = dict.fromkeys(ASKED)
 
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
@@ -47,17 +49,7 @@ def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
     app.command(help=f"Search over {sweeps.family}. SWEEP is a named sweep or a notebook's run (see --list).")(
         _command(sweeps)
     )
-    try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
-    except ClickException as error:
-        print(error.format_message().replace("\n", " "), file=sys.stderr)
-        code = 2
-    except typer.Abort:
-        code = 130
-    except BadValue as error:
-        print(str(error), file=sys.stderr)
-        code = 2
-    sys.exit(code or 0)
+    run_command(app, arguments)
 
 
 def _command(sweeps: Sweeps) -> Any:
@@ -85,7 +77,32 @@ def _command(sweeps: Sweeps) -> Any:
             Literal["asha", "median", "pbt", "none"] | None,
             typer.Option(help="how hopeless configs are stopped [default: the sweep's]"),
         ] = None,
-        metric: Annotated[str | None, typer.Option(help="what to optimise [default: the family's headline]")] = None,
+        metric: Annotated[
+            str | None,
+            typer.Option(
+                help="what to optimise [default: the family's headline]; several with commas, device_seconds among "
+                "them: a Pareto front, schedulers and --confirm going by the first"
+            ),
+        ] = None,
+        confirm: Annotated[
+            int | None,
+            typer.Option(
+                metavar="K",
+                help="run the K best again at the end on fresh seeds: only those figures are the result; also with "
+                "--resume",
+            ),
+        ] = None,
+        confirm_seeds: Annotated[int | None, typer.Option(help="fresh seeds for --confirm [default: --seeds]")] = None,
+        race: Annotated[
+            bool,
+            typer.Option("--race", help="give more seeds to configs that may still be the best, until one is left"),
+        ] = False,
+        race_seeds: Annotated[
+            int | None, typer.Option(help="the most seeds a config gets in a race [default: 5 times --seeds]")
+        ] = None,
+        margin: Annotated[
+            float | None, typer.Option(help="end a race when none left can be better than the first by this much")
+        ] = None,
         covariates: Annotated[
             str | None, typer.Option(help="what else to record: names, 'all' or 'none' [default: the sweep's]")
         ] = None,
@@ -128,10 +145,17 @@ def _command(sweeps: Sweeps) -> Any:
         if list_:
             print_sweeps(sweeps)
             return 0
+        later = {
+            "confirm": confirm,
+            "confirm_seeds": confirm_seeds,
+            "race": race or None,
+            "race_seeds": race_seeds,
+            "margin": margin,
+        }
         if resume is not None:
             plan = load_sweep(storage, checked_name("--resume", resume))
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
-            return search(plan, quiet, resume=True, retry=retry is not None)
+            return search(plan, quiet, resume=True, retry=retry is not None, later=later)
         if retry is not None:
             raise BadValue(f"--retry {retry} needs --resume NAME: which sweep?")
         plan = resolve(
@@ -157,6 +181,7 @@ def _command(sweeps: Sweeps) -> Any:
             max_concurrent=max_concurrent,
             placement=placement,
             time_budget=time_budget,
+            later=later,
         )
         if plan_:
             from tuning.estimate import print_plan
@@ -195,8 +220,12 @@ def resolve(
     max_concurrent: int,
     time_budget: float,
     placement: str = "spread",
+    later: Mapping[str, Any] = NOTHING_LATER,
 ) -> SweepPlan:
-    """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file."""
+    """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file.
+
+    `later` is what to do after the search, by the names in `tuning.followup.ASKED`; None is what no flag says.
+    """
     chosen, family = sweeps.find(sweep), load_family(sweeps.family)
     space, base = chosen.space, dict(chosen.base)
     for text in dimensions:
@@ -207,28 +236,31 @@ def resolve(
     for field, text in fixed.items():
         base[field] = text if field == "preset" else parse_field(family, field, text)
         space = space.without(field)
-    _at_least("--seeds", seeds, 1)
-    _at_least("--trials", trials, 1)
-    _at_least("--max-concurrent", max_concurrent, 0)
-    _at_least("--time-budget", time_budget, 0)
+    _within("--seeds", seeds, 1, 9_999)
+    _within("--trials", trials, 1, 10_000_000)
+    _within("--max-concurrent", max_concurrent, 0, 1_000_000)
+    _within("--time-budget", time_budget, 0, 1e9)
     if not 0 <= seed < 200_000:
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
-    if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
+    number = int(lanes) if lanes.isascii() and lanes.isdecimal() and len(lanes) < 7 else 0
+    if lanes not in ("auto", "off") and number < 1:
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched" and not address and not torch.cuda.is_available():
+    if engine == "branched" and not address and not _has_gpu():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
-    if data_dir is not None and not data_dir.is_dir():
-        raise BadValue(f"--data-dir {data_dir} is not a folder")
-    objective = metric or chosen.metric or family.headline
-    directed = [key for key, m in family.metrics.items() if m.mode != "none"]
-    if objective not in directed:
-        raise BadValue(f"--metric {objective} is nothing {family.name} can optimise; it has: {', '.join(directed)}")
+    if data_dir is not None and not _is_folder(data_dir):
+        raise BadValue(f"--data-dir {str(data_dir)[:200]!r} is not a folder")
+    wanted = (chosen.metric or family.headline) if metric is None else metric
+    first, *others = objectives.parse(family, wanted)
     place = opened(storage)
-    if tracking_uri and isinstance(place, Bucket):
-        check_tracking_uri(tracking_uri)
+    if tracking_uri is not None:
+        check_uri(tracking_uri, driver_folder(place))
+        if isinstance(place, Bucket):
+            check_tracking_uri(tracking_uri)
+    if name is None:
+        name = f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
-        name=checked_name("--name", name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"),
+        name=checked_name("--name", name),
         family=sweeps.family,
         sweep=chosen.name,
         doc=chosen.doc,
@@ -239,7 +271,8 @@ def resolve(
         trials=trials if trials is not None else chosen.trials,
         searcher=searcher,
         scheduler=scheduler or chosen.scheduler,
-        metric=objective,
+        metric=first,
+        others=tuple(others),
         covariates=_covariates(covariates, chosen, family),
         engine=engine,
         lanes=lanes,
@@ -252,7 +285,13 @@ def resolve(
         placement=placement,
         time_budget=time_budget,
         command=tuple(sys.argv),
+        confirm=later["confirm"] or chosen.confirm,
+        confirm_seeds=later["confirm_seeds"] or 0,
+        race=bool(later["race"] or chosen.race),
+        race_seeds=later["race_seeds"] or 0,
+        margin=later["margin"],
     )
+    objectives.check(plan.objectives, searcher, plan.scheduler)
     if searcher == "grid":
         grid = space.size()
         if grid is None:
@@ -265,7 +304,9 @@ def resolve(
             f"--scheduler pbt has nothing to perturb: {chosen.name} has no axis that sets one of the hypers "
             f"{', '.join(family.hyper_fields)}"
         )
-    plan.reference  # noqa: B018  # contradictions among the fields are told here
+    check(plan, later)
+    for point in space.corners():
+        plan.resolve(point)  # contradictions among the fields are told here
     return plan
 
 
@@ -283,12 +324,24 @@ def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, .
     return names
 
 
-def _at_least(flag: str, value: float | None, low: int) -> None:
-    if value is not None and value < low:
+def _within(flag: str, value: float | None, low: int, high: float) -> None:
+    if value is None or low <= value <= high:
+        return
+    if value < low:
         raise BadValue(f"{flag} {value} should be {low} or more")
+    raise BadValue(f"{flag} {value} should be {high:,.0f} or less")
 
 
-def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> int:
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that a file system could have
+        return False
+
+
+def search(
+    plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False, later: Mapping[str, Any] = NOTHING_LATER
+) -> int:
     """Run a plan with everything a person sees. Returns the exit code."""
     if not resume:
         refuse_existing(plan)
@@ -299,6 +352,7 @@ def search(plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False) -> i
             for change in check_resume(plan):
                 if not quiet:
                     print(f"warning: since this sweep last ran: {change}", file=sys.stderr)
+            plan = ask_again(plan, later)
         data = check_data(plan)
         if plan.address:
             check_cluster(plan)
@@ -423,3 +477,9 @@ def print_sweeps(sweeps: Sweeps) -> None:
         mark = " (default)" if sweep.name == sweeps.default else ""
         table.add_row(f"{sweep.name}{mark}", str(sweep.configs or "any"), str(sweep.seeds), f"{steps:,}", Text(what))
     console.print(table)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

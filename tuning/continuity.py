@@ -15,7 +15,8 @@ from typing import Any
 
 from trainables.family import BadValue, load_family
 from trainables.files import write_atomically
-from tuning.journal import Event, read
+from tuning.journal import Event
+from tuning.journal_check import checked
 from tuning.provenance import git, versions
 from tuning.sweep import SweepPlan, thaw
 
@@ -145,6 +146,6 @@ def differences(plan: SweepPlan, plain: Mapping[str, Any], events: Iterable[Even
 def check(plan: SweepPlan, plain: Mapping[str, Any], cache: Path) -> list[str]:
     """Refuse, with `BadValue`, what cannot be resumed; otherwise what the user should know has changed."""
     check_unchanged(plain.get("data", {}), cache)
-    events = [event for event, _ in read(plan.folder / "journal.jsonl")]
+    events = checked(plan.folder / "journal.jsonl")
     check_meaning(plan, events)
     return differences(plan, plain, events)

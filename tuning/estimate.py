@@ -12,6 +12,7 @@ from rich.console import Console
 from lanes.engine import put
 from lanes.probe import probe
 from trainables.family import program_key
+from tuning.followup import most_seeds
 from tuning.progress import clock
 from tuning.runner import CPU_LANES, GPU_LANES, cache_dir
 from tuning.sweep import SweepPlan
@@ -29,9 +30,10 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
     console.print(f"{plan.family} {plan.sweep}: {plan.doc}")
     console.print(
         f"{plan.budget} configs x {plan.seeds} seeds by {plan.searcher}, scheduler {plan.scheduler}, "
-        f"metric {plan.metric} ({plan.objective.mode})"
+        f"metric {', '.join(f'{name} ({mode})' for name, mode in plan.modes.items())}"
     )
-    share = plan.budget * plan.seeds / len(programs)
+    further = _after_the_search(plan, console)
+    share = (plan.budget * plan.seeds + further) / len(programs)
     seconds = 0.0
     for program, hyper, label in programs:
         schedule = plan.loaded.schedule(program)
@@ -53,6 +55,20 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
         f"\nat most {clock(seconds / devices)} on {devices} {'GPU' if cuda else 'core'}s of this machine "
         f"({seconds / 3600:.2f} device-hours); a scheduler that prunes makes it shorter"
     )
+
+
+def _after_the_search(plan: SweepPlan, console: Console) -> int:
+    """Say what follows the search. Returns the most runs that it can take."""
+    runs = 0
+    if plan.race:
+        most = most_seeds(plan)
+        console.print(f"then a race: up to {most} seeds for configs that may still be the best")
+        runs += plan.budget * (most - plan.seeds)
+    if plan.confirm:
+        seeds = len(plan.fresh_seeds())
+        console.print(f"then the {plan.confirm} best on {seeds} fresh seeds")
+        runs += plan.confirm * seeds
+    return runs
 
 
 def _programs(plan: SweepPlan) -> list[tuple[Any, Any, str]]:

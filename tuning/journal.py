@@ -7,13 +7,18 @@ end again.
 
 The journal is what a sweep IS: the runs table, MLflow, resume and replay are all made from it. Events:
 
-    begin     {versions, git, code, resumed}         a driver takes the sweep up
-    proposed  {index, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
-               runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it
+    begin     {versions, git, code, resumed}         a driver takes the sweep up; with what was asked for after the
+                                                     search: confirm, confirm_seeds, race, race_seeds, margin
+    proposed  {index, phase, trial, config_key, label, algorithm, point, values, program, hyper, epochs,
+               runs: {seed: run_key}}                index -1 and parent {seed: [run_key, epoch]}: PBT made it;
+                                                     index -1 and phase race or confirm: further seeds of a config
     resumed   {trial, config_key, replaces}          the same config under a new trial id, after a restart
     report    {trial, config_key, epoch, progress, values, spread, per_seed, engine, lanes, device, done}
     decision  {trial, config_key, epoch, decision}   what the scheduler made of it: CONTINUE, STOP, PAUSE, EXPLOIT;
                                                      with EXPLOIT, `copy` is the config that goes on instead
+    race      {look, seeds, started, most, margin, beaten, alive, crashed, verdict, next}
+                                                     who dropped out after `seeds`; the next look is at `next`
+    confirm   {k, seeds, chosen, ties}               the best configs, to be run on these fresh seeds
     end       {trial, config_key, stop_reason, epoch, error}
     retry     {trial, config_key, stop_reason}       a config that failed runs again (--retry): it has no end any more
     notice    {text}                                 what the user was told meanwhile: out of memory, and so on
@@ -36,6 +41,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from trainables.family import BadValue
 from tuning.ground import StorageFailed
 
 Event = dict[str, Any]
@@ -113,7 +119,10 @@ class Journal:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """(event, offset after it) of every whole line from byte `offset`; an unfinished last line is left for later."""
+    """(event, offset after it) of every whole line from byte `offset`; an unfinished last line is left for later.
+
+    Raises `BadValue` where a line is no event.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -122,7 +131,20 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield json.loads(line), offset
+            yield _event(path, line, offset), offset
+
+
+def _event(path: Path, line: bytes, end: int) -> Event:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise BadValue(
+            f"{path} is damaged: what ends at byte {end} is no event ({line[:40]!r}); bring back a copy of it, or "
+            "begin a new sweep"
+        )
+    return event
 
 
 def cut_off(path: Path) -> bool:

@@ -29,6 +29,8 @@ def opened(storage: str | Path) -> Storage:
         return open_storage(storage)
     except StorageError as error:
         raise BadValue(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise BadValue(f"--storage {str(storage)[:200]!r} is no folder's name: {error}") from None
 
 
 def load_sweep(storage: str | Path, name: str) -> SweepPlan:
@@ -53,7 +55,11 @@ def refuse_existing(plan: SweepPlan) -> None:
     """A sweep's name is taken, or its storage cannot be written: `BadValue`, before anything is written."""
     if isinstance(plan.store, Bucket):
         check_bucket(plan.bucket)
-    if plan.store.exists("sweep.json") if isinstance(plan.store, Bucket) else plan.folder.exists():
+    try:
+        taken = plan.store.exists("sweep.json") if isinstance(plan.store, Bucket) else plan.folder.exists()
+    except OSError as error:
+        raise BadValue(f"--storage {plan.where} cannot be written: {error.strerror or error}") from None
+    if taken:
         raise BadValue(
             f"the sweep '{plan.name}' already exists in {plan.where}: continue it with --resume {plan.name}, or "
             "choose another --name"
@@ -157,6 +163,8 @@ def freeze(plan: SweepPlan, plain: Mapping[str, Any]) -> None:
         plan.folder.mkdir(parents=True)
     except FileExistsError:
         refuse_existing(plan)  # by another driver, this very moment
+    except OSError as error:
+        raise BadValue(f"--storage {plan.where} cannot be written: {error.strerror or error}") from error
     try:
         if not plan.bucket:
             keep_uri(plan.folder, plan.tracking_uri)

@@ -13,6 +13,6 @@ def checked_name(flag: str, name: str) -> str:
     """A name that stays inside the storage folder, or `BadValue`."""
     if not NAME.fullmatch(name):
         raise BadValue(
-            f"{flag} {name!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
+            f"{flag} {name[:120]!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
         )
     return name

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from tuning.journal import Event
@@ -33,6 +31,8 @@ class Progress:
         self._budget, self._metric, self._mode = budget, metric, mode
         self._running: dict[str, float] = {}  # trial -> fraction of its length done
         self._copying: set[str] = set()
+        self._later: set[str] = set()  # trials that came after the search: no part of "best so far"
+        self._stage = ""
         self._ended: dict[str, int] = {}
         self._best: dict[float, tuple[float, str]] = {}  # progress -> best value there, and whose
         self._labels: dict[str, str] = {}
@@ -65,8 +65,17 @@ class Progress:
     def apply(self, event: Event) -> None:
         """Follow the journal."""
         trial = event.get("trial", "")
-        if event["event"] in ("proposed", "resumed"):
+        if event["event"] == "race":
+            self._stage = f"race, {len(event['alive'])} left"
+        elif event["event"] == "confirm":
+            self._stage = "confirming"
+        elif event["event"] in ("proposed", "resumed"):
             self._phase = ""
+            if event.get("phase", "search") != "search":
+                self._budget += 1
+                self._later.add(trial)
+            elif event.get("replaces") in self._later:
+                self._later.add(trial)
             self._first_work = self._first_work or time.monotonic()
             self._labels[trial] = event.get("label") or self._labels.get(event.get("replaces", ""), "")
             if event["event"] == "resumed":
@@ -76,7 +85,7 @@ class Progress:
             self._running[trial] = event["fraction"]
             value = event["values"].get(self._metric, math.nan)
             there = self._best.get(event["fraction"])
-            if math.isfinite(value) and (there is None or self._better(value, there[0])):
+            if trial not in self._later and math.isfinite(value) and (there is None or self._better(value, there[0])):
                 self._best[event["fraction"]] = (value, self._labels.get(trial, ""))
         elif event["event"] == "decision" and event["decision"] == "EXPLOIT":
             self._copying.add(trial)
@@ -94,7 +103,7 @@ class Progress:
         now = time.monotonic()
         if self._console is not None and self._live is None and now - self._printed > QUIET_SECONDS:
             self._printed = now
-            self._console.print(self.line())
+            self._console.print(self.line(), soft_wrap=True)
 
     def _better(self, a: float, b: float) -> bool:
         return a > b if self._mode == "max" else a < b
@@ -107,7 +116,8 @@ class Progress:
         done, elapsed = sum(self._ended.values()), time.monotonic() - self._started
         if self._phase:
             return Text(f"{self._phase} ... {clock(elapsed)}")
-        parts = [
+        parts = [self._stage] if self._stage else []
+        parts += [
             f"{done}/{self._budget} done",
             f"{len(self._running)} running",
             f"{self._ended.get('stopped', 0)} pruned",
@@ -140,51 +150,3 @@ def clock(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-
-
-def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, shown: int = 10) -> Table:
-    """The best configs: mean and spread over seeds of the objective at the last report, stop reason, cost.
-
-    Args:
-        rows: of the runs table.
-    """
-    configs: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        configs.setdefault(row["config_key"], []).append(row)
-    ranked = []
-    for runs in configs.values():
-        values = [row[f"final.{metric}"] for row in runs if math.isfinite(row.get(f"final.{metric}", math.nan))]
-        ranked.append((statistics.fmean(values) if values else math.nan, values, runs))
-    # finished configs first: a value at an early rung is not a result
-    ranked.sort(
-        key=lambda entry: (
-            not any(row["stop_reason"] == "finished" for row in entry[2]),
-            math.isnan(entry[0]),
-            0.0 if math.isnan(entry[0]) else (-entry[0] if mode == "max" else entry[0]),
-        )
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("config", no_wrap=True, overflow="ellipsis")
-    for name, width in ((metric, 7), ("± sd", 6), ("seeds", 5), ("epochs", 7)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=max(width, len(name)))
-    table.add_column("stop reason", no_wrap=True, min_width=14)
-    table.add_column("device time", justify="right", no_wrap=True, min_width=11)
-    for mean, values, runs in ranked[:shown]:
-        reasons = sorted({describe(row) for row in runs})
-        table.add_row(
-            Text(runs[0]["label"]),  # what a user wrote is text, brackets and all
-            "-" if math.isnan(mean) else f"{mean:.4f}",
-            f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-",
-            str(len(runs)),
-            f"{max(row['epoch'] for row in runs)}/{runs[0]['epochs_total']}",
-            ", ".join(reasons),
-            clock(sum(row["device_seconds"] for row in runs)),
-        )
-    if len(ranked) > shown:
-        table.add_row(f"... and {len(ranked) - shown} more", "", "", "", "", "", "")
-    return table
-
-
-def describe(row: Mapping[str, Any]) -> str:
-    """A run's stop reason, with the epoch where the scheduler stopped it."""
-    return f"stopped at {row['rung']}" if row["stop_reason"] == "stopped" else row["stop_reason"]

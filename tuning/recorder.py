@@ -76,11 +76,12 @@ class Recorder(Callback):
         """PBT gives a trial, whose result is being decided, another's states and perturbed hypers."""
         self._exploits[trial] = config
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Journal an event, and take it in."""
+    def write(self, kind: str, **fields: Any) -> Event:
+        """Journal an event, and take it in. Returns it."""
         event = self._journal.write(kind, **fields)
         self.apply(event)
         self.on_event(event)
+        return event
 
     # --- Tune's side ---
 
@@ -99,11 +100,12 @@ class Recorder(Callback):
         self.results += 1
         result.update(unpack(result))
         identity = {"trial": trial.trial_id, "config_key": result["config_key"]}
-        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device", "done")
+        fields = ("epoch", "progress", "values", "spread", "per_seed", "engine", "lanes", "device")
         self.write(
             "report",
             **identity,
             **{name: result[name] for name in fields},
+            done=bool(reason),  # not result["done"]: Tune has set that where the scheduler said STOP
             fraction=result["progress"] / self._plan.length,
         )
         worst = self._worst.setdefault(trial.trial_id, dict(trial.config.get("worst", {})))
@@ -193,7 +195,7 @@ class Recorder(Callback):
         )
         self.on_abandon(trial)
         self._worst.pop(trial, None)
-        self.write("proposed", index=-1, trial=trial, **config)
+        self.write("proposed", index=-1, phase="search", trial=trial, **config)
 
 
 def last_line(text: str) -> str:

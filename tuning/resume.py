@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PastTrial:
-    """Stands for a trial of the session before."""
+    """Stands for a trial of the session before. `config` says its phase, as a trial's does."""
 
     trial_id: str
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -113,6 +115,9 @@ class _Replay:
 
     def _proposed(self, event: Event) -> None:
         trial = event["trial"]
+        event.setdefault("phase", "search")  # journals from before there were others
+        if event["phase"] != "search":
+            self.past.trials[trial] = PastTrial(trial, {"phase": event["phase"]})
         if event["index"] >= 0:
             _ask_again(self.source, event)
             self.past.proposed += 1
@@ -138,21 +143,23 @@ class _Replay:
             again["worst"] = {}  # its checkpoints went with its end: it starts anew
         self.open[trial] = again
         self._results.pop(trial, None)
-        self.past.trials[trial] = PastTrial(f"{trial}+")  # the scheduler has closed its books on the first
+        self.past.trials[trial] = PastTrial(
+            f"{trial}+", self.past.trials[trial].config
+        )  # the scheduler has closed its books on the first
         self._listener.on_trial_add(None, self.past.trials[trial])
 
     def _report(self, event: Event) -> None:
         trial = event["trial"]
-        value = event["values"].get(self.plan.metric, float("nan"))
-        self._results[trial] = {"progress": event["progress"], self.plan.metric: value, "done": event["done"]}
+        values = {name: event["values"].get(name, math.nan) for name in self.plan.objectives}
+        self._results[trial] = {"progress": event["progress"], **values, "done": bool(self._reason(event))}
         for seed in event["per_seed"].values():
             note_worst(self.open[trial]["worst"], seed["values"], self._modes)
         self._undecided[trial] = event
 
     def _decision(self, event: Event) -> None:
         trial = event["trial"]
-        report = self._undecided.pop(trial)
-        if not report["done"]:
+        del self._undecided[trial]
+        if not self._results[trial]["done"]:
             self._listener.on_trial_result(None, self.past.trials[trial], self._results[trial])
         self._decided(trial, event)
 
@@ -180,7 +187,7 @@ class _Replay:
         else:
             self._listener.on_trial_complete(None, self.past.trials[trial], result)
         if self._learns(proposal):
-            tell_end(self.source, proposal["trial_first"], result, error, self.plan.metric)
+            tell_end(self.source, proposal["trial_first"], result, error, self.plan.objectives)
         proposal["failed"] = event["stop_reason"] if event["stop_reason"] in FAILED else ""
 
     def _learns(self, proposal: Event) -> bool:
@@ -193,7 +200,7 @@ class _Replay:
         """Take the decisions that are missing, and draw the consequences that are."""
         for trial, report in list(self._undecided.items()):
             decision = "STOP"
-            if not report["done"]:
+            if not self._results[trial]["done"]:
                 decision = self._listener.on_trial_result(None, self.past.trials[trial], self._results[trial])
             fields = {"trial": trial, "config_key": report["config_key"], "epoch": report["epoch"]}
             self._write("decision", **fields, decision=decision)
@@ -204,19 +211,22 @@ class _Replay:
             if decided["decision"] == "EXPLOIT" and copied is None:
                 continue  # of a version that did not say what the copy would be: the config goes on itself
             if trial in self.open:
-                reason = "stopped" if not self._results[trial]["done"] else self._reason(trial)
+                last = next(e for e in reversed(self.past.events) if e["event"] == "report" and e["trial"] == trial)
+                reason = self._reason(last) or "stopped"
                 end = {"trial": trial, "config_key": self.open[trial]["config_key"], "stop_reason": reason}
                 self._consequence("end", **end, epoch=decided["epoch"], error=None)
             if copied is not None:
                 self._consequence("proposed", index=-1, trial=trial, **copied)
         self._following.clear()
 
-    def _reason(self, trial: str) -> str:
-        """Why a config ended whose last report says that it is done."""
-        last = next(e for e in reversed(self.past.events) if e["event"] == "report" and e["trial"] == trial)
-        lost = sum(seed["status"] == "diverged" for seed in last["per_seed"].values())
-        finite = math.isfinite(last["values"].get(self.plan.metric, math.nan))
-        return "diverged" if 2 * lost > len(last["per_seed"]) or not finite else "finished"
+    def _reason(self, report: Event) -> str:
+        """Why a config ended by itself at this report, or "" where it did not. Its `done` does not say that in every
+        journal: Tune sets it, in the result it was given, when the scheduler says STOP."""
+        statuses = [seed["status"] for seed in report["per_seed"].values()]
+        finite = all(math.isfinite(report["values"].get(name, math.nan)) for name in self.plan.objectives)
+        if 2 * statuses.count("diverged") > len(statuses) or not finite:
+            return "diverged"
+        return "" if "training" in statuses else "finished"
 
     def retry(self) -> None:
         """Take back the ends of configs that failed."""

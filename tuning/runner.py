@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from trainables.datasets.cache import files_read
 from tuning.continuity import data_facts, facts
+from tuning.delivery import Delivery
 from tuning.ground import StorageFailed
 from tuning.interruptions import Interruptions
 from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
@@ -98,29 +99,36 @@ def run(
     started = time.monotonic()
     seconds: dict[str, float] = {}
     with _log_file(plan.folder / "log.txt") as terminal_error, shipped_log(plan):
-        from tuning.progress import Progress, results_table
+        from tuning.progress import Progress
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
         interruptions = Interruptions(partial(_say, terminal_error), last_words)
         with progress, contextlib.ExitStack() as stack:
             stack.callback(interruptions.release)
-            sync = _start_sync(plan)
+            delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, interruptions, resume, retry, seconds, may_write)
+                outcome = _search(plan, progress, interruptions, resume, retry, seconds, may_write, delivery)
             except Exception:
                 log.exception("the sweep failed")
                 raise
             begun = time.monotonic()
             progress.phase("writing the report")
-            _report(plan)
+            delivery.wait_for_report()
             progress.phase("recording in MLflow")
-            _finish_sync(plan, sync)
+            delivery.finish()
             seconds["report and MLflow"] = time.monotonic() - begun
     seconds["whole"] = time.monotonic() - started
     if not quiet:
-        console.print(results_table(outcome[1], plan.metric, plan.objective.mode))
+        from tuning.ending import print_results
+
+        print_results(console, plan, outcome[1])
     plan.store.write("timing.json", json.dumps(seconds, indent=1).encode())
     return Outcome(dict(progress.ended), *outcome[0], outcome[2], seconds)
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
 
 
 def _search(
@@ -131,8 +139,9 @@ def _search(
     retry: bool,
     seconds: dict[str, float],
     may_write: Callable[[], None],
+    delivery: Delivery,
 ) -> tuple[tuple[str, str], Any, int]:
-    """The part inside Ray. Returns (why it ended, and details), rows of the runs table, results the driver took."""
+    """The part inside Ray. Returns (why it ended, and details), what it ended with, results the driver took."""
     begun = time.monotonic()
     os.environ.update(
         RAY_AIR_NEW_OUTPUT="0",
@@ -146,22 +155,16 @@ def _search(
         # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
-    from ray import tune
 
     from lanes.host import HostSettings
     from lanes.pool import Pool, find_slots
     from tuning.demand import ask, release, wanted_gpus
-    from tuning.elastic import Elastic
-    from tuning.recorder import Recorder
-    from tuning.resume import Past, replay
-    from tuning.runs import RunTable
-    from tuning.schedulers import Pbt, make_scheduler
-    from tuning.searchers import Proposer, make_source
-    from tuning.stopping import Stopping
-    from tuning.trial import ConfigTrial
 
+    # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
+    threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
     _start_ray(plan)
     seconds["Ray's start"] = time.monotonic() - begun
+    begun = time.monotonic()
     try:
         slots = find_slots()
         gpu = slots[0].kind == "cuda"
@@ -178,10 +181,6 @@ def _search(
         # there are no files of Tune's own loggers: our tables are elsewhere
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         plain = plan.to_plain()
-        table = RunTable(plain)
-        source = make_source(plan)
-        scheduler = make_scheduler(plan)
-        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
         journal = open_journal(plan, may_write)
         schedule = plain["schedule"]
         lanes_wanted = -(-concurrent * plan.seeds // len(slots))
@@ -208,6 +207,25 @@ def _search(
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
             .remote(settings, concurrent, 1 - TRIAL_CPUS, plan.placement)
         )
+        # the hosts start while this process imports what is left
+        from ray import tune
+
+        from tuning.elastic import Elastic
+        from tuning.ending import Ended
+        from tuning.followup import ASKED, Followup
+        from tuning.ramp import Ramp
+        from tuning.recorder import Recorder
+        from tuning.resume import Past, replay
+        from tuning.runs import RunTable
+        from tuning.schedulers import Pbt, make_scheduler
+        from tuning.searchers import Proposer, make_source
+        from tuning.stopping import Stopping
+        from tuning.trial import ConfigTrial
+
+        table = RunTable(plain)
+        source = make_source(plan)
+        scheduler = make_scheduler(plan)
+        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
         if plan.scheduler == "pbt":
             ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         recorder = Recorder(plan, journal, table, progress)
@@ -217,16 +235,18 @@ def _search(
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
             scheduler.exploited = recorder.on_exploit
-        recorder.write("begin", **facts(plan), resumed=resume)
+        recorder.write("begin", **facts(plan), resumed=resume, **{name: getattr(plan, name) for name in ASKED})
         for kind, fields in past.unwritten:
             recorder.write(kind, **fields)
         recorder.discard_ended()
         if retry and not past.retried:
             progress.say("no config crashed, ran out of memory or diverged: there is nothing to retry")
+        followup = Followup(plan, table.rows, recorder.write, past.events)
         stopping = Stopping(plan.time_budget, plan.budget)
         stopping.save = lambda: ray.get(pool.save.remote(), timeout=SAVE_SECONDS)  # type: ignore
         recorder.on_event = stopping.apply
         recorder.on_storage = partial(stopping.stop, "storage")
+        recorder.on_step = delivery.check
         proposer = Proposer(
             plan,
             source,
@@ -236,6 +256,7 @@ def _search(
             past.seeds_used,
             past.unfinished,
             on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces], past.last.get(replaces)),
+            followup=followup if followup.left else None,
         )
         recorder.on_abandon = proposer.abandon
         if plan.address:
@@ -243,27 +264,29 @@ def _search(
                 ask(wanted_gpus(plan))
             grows = plan.scheduler != "pbt" and not plan.max_concurrent
             elastic = Elastic(pool, proposer, (lambda n: _concurrency(plan, n, gpu)) if grows else None, gpu)
-            recorder.on_step = elastic.step
+            recorder.on_step = partial(_both, delivery.check, elastic.step)
         trainable = tune.with_parameters(
             ConfigTrial,
             pool=pool,
             settings={
                 "family": plan.family,
                 "folder": str(plan.folder),
-                "metric": plan.metric,
+                "objectives": plan.objectives,
                 "modes": {name: metric["mode"] for name, metric in plain["metrics"].items()},
                 "scheduler": plan.scheduler,
                 "covariates": bool(plan.covariates),
                 "length": plan.length,
             },
         )
+        # a second config for a core comes later; whoever says how many are in flight gets them at once
+        first = in_flight if gpu or plan.max_concurrent or plan.scheduler == "pbt" else len(slots)
+        ramp = Ramp(proposer, first, in_flight)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": trial_cpus}),
             tune_config=tune.TuneConfig(
                 search_alg=proposer,
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=in_flight,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -271,19 +294,19 @@ def _search(
                 name="tune",
                 **tune_storage(plan),
                 verbose=0,
-                callbacks=[recorder],
+                callbacks=[recorder, ramp],
                 stop=stopping,
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
                 # what a trial would save at its end is a pointer that nobody follows: one call less for each
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        begun = time.monotonic()
         interruptions.on_first = partial(stopping.stop, "interrupted")
         interruptions.catch()
         tuner.fit()
         interruptions.on_first = None
         seconds["search"] = time.monotonic() - begun
+        seconds["first result"] = (ramp.first_result or time.monotonic()) - begun
         if stopping.reason == "storage":
             raise StorageFailed(stopping.detail)
         trained: Any = ray.get(pool.flush.remote())  # type: ignore[attr-defined]
@@ -297,11 +320,23 @@ def _search(
         recorder.write("finish", reason=reason, detail=stopping.detail)
         recorder.write_table()
         journal.close()
-        return (reason, stopping.detail), list(table.rows.values()), recorder.results
+        ended = Ended(list(table.rows.values()), followup.look, followup.confirmed)
+        delivery.search_is_over()  # both work while Ray goes down
+        return (reason, stopping.detail), ended, recorder.results
     finally:
         if plan.address:
             release()
         ray.shutdown()
+
+
+def _import_libraries(searcher: str) -> None:
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+    if searcher == "optuna":
+        import optuna  # noqa: F401
+    elif searcher == "hyperopt":
+        import hyperopt  # noqa: F401
 
 
 def _say(descriptor: int, line: str) -> None:
@@ -318,7 +353,7 @@ def _beside_the_driver() -> Any:
 
 
 def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
-    """Configs in flight: two a core; on GPUs as many as fill the lanes."""
+    """Configs in flight at most: two a core; on GPUs as many as fill the lanes."""
     if not gpu:
         return min(plan.budget, 2 * devices)
     lanes = int(plan.lanes) if plan.lanes.isdigit() else GPU_LANES
@@ -396,32 +431,3 @@ def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> 
         "data": data_facts(data, cache_dir()),
     }
     freeze(plan, plain)
-
-
-def _start_sync(plan: SweepPlan) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", plan.where, "--follow"]
-    # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
-    return subprocess.Popen(
-        [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
-    )
-
-
-def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:
-    if sync.wait() != 0:
-        log.error(
-            "MLflow's recorder ended with code %s; `python -m tuning.sync %s` delivers later",
-            sync.returncode,
-            plan.name,
-        )
-
-
-def _report(plan: SweepPlan) -> None:
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--storage", plan.where]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
-    if done.returncode:
-        log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))
-
-
-def _environment() -> dict[str, str]:
-    """Subprocesses find the code where this process found it."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -26,6 +26,7 @@ FIXED = {
     "parent_run_key": pa.string(),
     "parent_epoch": pa.int32(),
     "trial": pa.string(),
+    "phase": pa.string(),
     "stop_reason": pa.string(),
     "config_stop_reason": pa.string(),
     "rung": pa.int32(),
@@ -102,6 +103,7 @@ class RunTable:
                 "parent_run_key": parent,
                 "parent_epoch": born,
                 "trial": event["trial"],
+                "phase": event.get("phase", "search"),  # journals from before there were others say nothing
                 "stop_reason": "pending",
                 "config_stop_reason": "pending",
                 "epoch": 0,

@@ -32,6 +32,9 @@ FAILED = ("crashed", "oom", "storage")
 class Decided(TrialScheduler):
     """Mixed into a scheduler: tells `on_decision(trial, result, decision)` what it decided.
 
+    It sees the search's trials only. What comes after the search (a race's rounds, confirming) runs to its end and is
+    no measure for others.
+
     `replayable` says whether a resumed sweep plays its journal to the scheduler; `adopt` then tells it that a config
     goes on under a new trial id.
     """
@@ -39,12 +42,28 @@ class Decided(TrialScheduler):
     on_decision: Callable[[Any, dict[str, Any], str], None] = staticmethod(lambda trial, result, decision: None)
     replayable = True
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if searched(trial):
+            super().on_trial_add(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        if searched(trial):
+            super().on_trial_remove(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        if searched(trial):
+            super().on_trial_error(tune_controller, trial)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if not searched(trial):
+            return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         self.on_decision(trial, result, decision)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if not searched(trial):
+            return
         if result.get("stop_reason") in FAILED:
             self.on_trial_error(tune_controller, trial)  # its values say nothing of others
         else:
@@ -52,6 +71,11 @@ class Decided(TrialScheduler):
 
     def adopt(self, trial_id: str, past: Any, result: Mapping[str, Any] | None) -> None:
         """The config of the earlier trial `past` continues as `trial_id`; `result` is the last that it reported."""
+
+
+def searched(trial: Any) -> bool:
+    """Whether a trial belongs to the search."""
+    return trial.config.get("phase", "search") == "search"
 
 
 class Asha(Decided, ASHAScheduler):
@@ -70,6 +94,8 @@ class Median(Decided, MedianStoppingRule):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
+        if not searched(trial):
+            return
         past = self._past.pop(trial.trial_id, None)
         if past is not None and past in self._results:  # one config, one curve: before and after the restart
             self._results[trial] = self._results.pop(past)

@@ -12,13 +12,18 @@ from typing import Any
 
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
+from tuning import objectives
+from tuning.plain import check_plain
 from tuning.secrets import redact, redact_command, tracking_uri
 from tuning.storage import Bucket, Folder, Storage, here_for
+from tuning.uris import check_uri
 
 REDUCTION = 3
 MOST_RUNGS = 3
 SEGMENTS = {"median": 10, "pbt": 10, "none": 4}
 """How many reports a run makes under each scheduler that has no rungs."""
+CONFIRMING = 5_000
+"""Seeds from this one on (counted within the sweep's own) are kept for confirming: the search never uses them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ class Config:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A search, ready to run. See `tuning.cli` for what each field means to a user."""
+    """A search, ready to run. See `tuning.cli` for what each field means to a user.
+
+    `metric` is the first objective: schedulers, races and confirmation go by it; `others` are the further ones.
+    """
 
     name: str
     family: str
@@ -74,6 +82,12 @@ class SweepPlan:
     time_budget: float = 0.0
     placement: str = "spread"
     command: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    confirm: int = 0
+    confirm_seeds: int = 0
+    race: bool = False
+    race_seeds: int = 0
+    margin: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     bucket: str = ""
     """URL of the object storage that holds the sweeps; `storage` is then the driver's own folder, of its machine."""
@@ -98,7 +112,16 @@ class SweepPlan:
 
     @property
     def objective(self) -> Metric:
-        return self.loaded.metrics[self.metric]
+        return objectives.described(self.loaded, self.metric)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.metric, *self.others)
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """Objective -> "max" or "min"."""
+        return {name: objectives.described(self.loaded, name).mode for name in self.objectives}
 
     @property
     def budget(self) -> int:
@@ -113,6 +136,10 @@ class SweepPlan:
     def run_seeds(self, count: int | None = None, first: int = 0) -> list[int]:
         """The seeds of a config's runs: the same for every config, so that differences are paired."""
         return [self.seed * 10_000 + first + i for i in range(self.seeds if count is None else count)]
+
+    def fresh_seeds(self) -> list[int]:
+        """The seeds on which configs are confirmed: the same for every config, none of them used before."""
+        return self.run_seeds(self.confirm_seeds or self.seeds, first=CONFIRMING)
 
     def resolve(self, point: Point) -> Config:
         """The config at a point. Raises `BadValue` where its fields contradict one another."""
@@ -187,7 +214,7 @@ class SweepPlan:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "bucket")
+            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "others", "bucket")
         }
         program, _ = self.loaded.build(self.reference.values)
         schedule = self.loaded.schedule(program)
@@ -196,12 +223,13 @@ class SweepPlan:
             "base": dict(self.base),
             "space": self.space.to_plain(),
             "covariates": list(self.covariates),
+            "others": list(self.others),
             "tracking_uri": redact(self.tracking_uri),
             "data_dir": str(self.data_dir) if self.data_dir else None,
             "command": redact_command(self.command),
             "headline": self.loaded.headline,
             "mode": self.objective.mode,
-            "metrics": {name: asdict(metric) for name, metric in self.loaded.metrics.items()},
+            "metrics": {name: asdict(metric) for name, metric in {**self.loaded.metrics, **objectives.COSTS}.items()},
             "schedule": asdict(schedule),
             "scheduler": {
                 "name": self.scheduler,
@@ -222,6 +250,7 @@ class SweepPlan:
             base={k: tuple(v) if isinstance(v, list) else v for k, v in plain["base"].items()},
             scheduler=plain["scheduler"]["name"],
             covariates=tuple(plain["covariates"]),
+            others=tuple(plain.get("others", ())),
             data_dir=Path(plain["data_dir"]) if plain["data_dir"] else None,
             command=tuple(plain["command"]),
             storage=storage,
@@ -236,15 +265,27 @@ class SweepPlan:
         path = f"{place}/sweep.json"
         try:
             plain = json.loads(place.read("sweep.json"))
+            check_plain(plain, folder.name)
             uri = plain["tracking_uri"] if bucket else tracking_uri(folder, plain)
-            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket)
+            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket).checked()
         except FileNotFoundError:
             where = bucket or folder.parent
             raise BadValue(f"there is no sweep '{folder.name}' in {where}: {path} does not exist") from None
         except OSError as error:
             raise BadValue(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+            raise BadValue(f"{path} is damaged ({' '.join(why.split())[:200]}): it cannot be resumed") from error
+
+    def checked(self) -> SweepPlan:
+        """Itself, or `BadValue` where no sweep could be so: what was read from a file is not believed."""
+        if self.metric not in self.loaded.metrics:
+            raise BadValue(f"{self.family} has no metric '{self.metric}'")
+        if self.tracking_uri:  # a sweep in a bucket may have none
+            check_uri(self.tracking_uri, None, f"the tracking URI {redact(self.tracking_uri)!r}")
+        for point in self.space.corners():
+            self.resolve(point)
+        return self
 
 
 def driver_folder(storage: Storage) -> Path:

@@ -147,7 +147,7 @@ def crash(
     """The last Tune result of a config whose program raised, or for which there was no memory; `epoch` is the last it
     reported."""
     return {
-        settings["metric"]: math.nan,
+        **dict.fromkeys(settings["objectives"], math.nan),
         "epoch": epoch,
         "progress": epoch * settings["length"] / config["epochs"],
         "config_key": config["config_key"],
@@ -179,7 +179,8 @@ def summarize(
     Args:
         report: of the host.
         config: the trial's.
-        settings: the sweep's; `modes` says which way each metric is better.
+        settings: the sweep's; `modes` says which way each metric is better, `objectives` what is optimised. What a run
+            cost is the mean over the seeds that did not diverge.
         worst: metric -> the worst finite value that any of the config's runs has reported; brought up to date.
     """
     modes = settings["modes"]
@@ -201,12 +202,14 @@ def summarize(
             mean = sum(numbers) / len(numbers)
             values[name] = mean
             spread[name] = math.sqrt(sum((x - mean) ** 2 for x in numbers) / max(1, len(numbers) - 1))
-    headline = values.get(settings["metric"], math.nan)
-    lost = diverged * 2 > len(report.seeds) or not math.isfinite(headline)
+    if "device_seconds" in settings["objectives"] and alive:
+        values["device_seconds"] = sum(seed.device_seconds for seed in alive) / len(alive)
+    objectives = {name: values.get(name, math.nan) for name in settings["objectives"]}
+    lost = diverged * 2 > len(report.seeds) or not all(map(math.isfinite, objectives.values()))
     done = report.done or lost
     reason = "diverged" if lost else "finished" if report.done else ""
     result = {
-        settings["metric"]: headline,
+        **objectives,
         "values": values,
         "spread": spread,
         "per_seed": {

@@ -1,8 +1,8 @@
 """What the storm does to a sweep: each fault finds its victims among the sweep's own processes and files.
 
-A fault is `strike(scene)`; it returns a few words of what it hit, or "" where nothing was there to hit (then it does not
-count). `fatal` ones end the driver: the sweep is resumed after them. Victims are found by a mark in the environment of
-everything the sweep started, so that another Ray on this machine is never touched.
+A fault is `strike(scene)`; it returns a few words of what it hit, or "" where nothing was there to hit (then it does
+not count). `fatal` ones end the driver: the sweep is resumed after them. Victims are found by a mark in the environment
+of everything the sweep started, so that another Ray on this machine is never touched.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tests.postgres import MlflowServer, Postgres
 from tests.toy_sweeps import Process
 from tuning.journal import Event, read
 
-HOST, TRIAL, RAYLET, SYNC = "ray::HostActor", "ray::ConfigTrial", "raylet/raylet ", "tuning.sync"
+HOST, TRIAL, RAYLET, SYNC = "ray::HostActor", "ray::ConfigTrial", "raylet/raylet", "tuning.sync"
 
 
 @dataclass
@@ -73,16 +74,20 @@ def kill_machine(scene: Scene) -> str:
 
 def corrupt_checkpoint(scene: Scene) -> str:
     """The machine dies, and of a run or two the newest checkpoint did not survive it."""
+    if not _pairs(scene):
+        return ""
     kill_machine(scene)
     _await_gone(scene)
-    hit = []
+    found = _pairs(scene)
+    hit = [_damage(pairs[-1], scene.rng) for pairs in scene.rng.sample(found, min(2, len(found)))]
+    return ", ".join(hit) or "gone before it could be damaged"
+
+
+def _pairs(scene: Scene) -> list[list[Path]]:
+    """The checkpoints of every run that has two: with only one there is none before it, and the run begins again."""
     runs = sorted(path for path in (scene.folder / "checkpoints").glob("*") if path.is_dir())
-    for run in scene.rng.sample(runs, min(2, len(runs))):
-        pairs = sorted(run.glob("[0-9]*.json"))
-        if len(pairs) < 2:
-            continue  # the only one: there is none before it, and its run begins again (that is tested elsewhere)
-        hit.append(_damage(pairs[-1], scene.rng))
-    return ", ".join(hit)
+    found = [sorted(run.glob("[0-9]*.json")) for run in runs]
+    return [pairs for pairs in found if len(pairs) >= 2]
 
 
 def _damage(path: Path, rng: random.Random) -> str:
@@ -133,11 +138,16 @@ def fill(balloon: Path) -> None:
                     file.write(bytes(size))
 
 
+def victims(scene: Scene, title: str) -> list[int]:
+    """The raylet's path stands in the command lines of others too."""
+    return scene.process.pids(program=title) if title == RAYLET else scene.process.pids(title)
+
+
 def _kill_one(title: str) -> Callable[[Scene], str]:
     def strike(scene: Scene) -> str:
         if title == HOST and _kills_without_report(scene) >= 2:
             return ""  # a third would be the config's own fault: tuning.trial.LOSSES
-        pids = scene.process.pids(title)
+        pids = victims(scene, title)
         return _send(scene.rng.choice(pids), signal.SIGKILL) if pids else ""
 
     return strike
@@ -156,7 +166,7 @@ def _stop(title: str) -> Callable[[Scene], str]:
     """SIGSTOP for a while: nothing has died, and nothing answers."""
 
     def strike(scene: Scene) -> str:
-        pids = [scene.process.pid] if title == "driver" else scene.process.pids(title)
+        pids = [scene.process.pid] if title == "driver" else victims(scene, title)
         pids = [pid for pid in pids if _send(pid, signal.SIGSTOP)]
         seconds = scene.rng.uniform(0.2, 4.0)
         time.sleep(seconds)
@@ -191,19 +201,18 @@ def _freeze(which: str) -> Callable[[Scene], str]:
         service.freeze()
         # longer than MLflow's client waits (tuning.tracking), now and then: a request then comes twice
         seconds = scene.rng.choice([0.5, 1.0, 2.0, 4.0, 25.0])
-        time.sleep(seconds)
-        service.thaw()
+        threading.Timer(seconds, service.thaw).start()  # the storm goes on meanwhile
         return f"{which} {seconds:.1f} s"
 
     return strike
 
 
 FAULTS: dict[str, Fault] = {
-    "SIGKILL driver": Fault(kill_driver, fatal=True, weight=3),
-    "SIGKILL raylet": Fault(_kill_one(RAYLET), fatal=True, weight=1.5),
-    "SIGKILL everything": Fault(kill_machine, fatal=True, weight=2),
-    "corrupt newest checkpoint": Fault(corrupt_checkpoint, fatal=True, weight=1.5),
-    "disk full": Fault(fill_disk, fatal=True, weight=1.5),
+    "SIGKILL driver": Fault(kill_driver, fatal=True, weight=2),
+    "SIGKILL raylet": Fault(_kill_one(RAYLET), fatal=True),
+    "SIGKILL everything": Fault(kill_machine, fatal=True, weight=1.5),
+    "corrupt newest checkpoint": Fault(corrupt_checkpoint, fatal=True),
+    "disk full": Fault(fill_disk, fatal=True),
     "SIGKILL host": Fault(_kill_one(HOST), weight=3),
     "SIGKILL trial worker": Fault(_kill_one(TRIAL), weight=3),
     "SIGKILL sync process": Fault(_kill_one(SYNC), weight=2),

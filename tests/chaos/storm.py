@@ -7,12 +7,11 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.faults import FAULTS, NAN, Scene, draws
+from tests.chaos.faults import FAULTS, NAN, Scene, draws, kill_machine
 from tests.chaos.verdict import Verdict, judge
 from tests.postgres import MlflowServer, Postgres
 from tests.toy_sweeps import ROOT, UNDISTURBED, Process, Swept
@@ -22,7 +21,7 @@ DISK_BYTES = 24_000_000
 MOST_SESSIONS_WITHOUT_PROGRESS = 8
 AXES = ("--space", "lr=0.3,0.1,0.03,0.01", "--space", "explode_at=1e9,30", "--space", "width=3,8")
 """Sixteen configs; half of them turn infinite at step 30."""
-SERIAL = ("--engine", "serial", "--set", "epochs=27")
+SERIAL = ("--engine", "serial", "--set", "epochs=243")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Record:
 
     scenario: str
     seed: int
-    faults: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     resumes: int = 0
     """Sessions after the first."""
@@ -122,14 +121,20 @@ class Storm:
             arguments = ("--resume", name) if begun else (*scenario.arguments, *self._tracking())
             process = Process(self.storage, name, *arguments)
             scene = Scene(process, folder, rng, self.small_disk, self.database, self.server)
-            fatal = self._session(scene, kinds, record)
-            swept = process.wait()
+            try:
+                fatal = self._session(scene, kinds, record)
+                swept = process.wait()
+            except BaseException:  # interrupted: nothing of it stays behind
+                kill_machine(scene)
+                raise
+            said = f"session over, code {swept.code}, {len(scene.journal)} lines {swept.err.strip()[-300:]}"
+            record.log.append(said)
+            self.on_fault(said)
             if swept.code == 0:
                 break
             record.resumes += 1
             if not fatal:
                 record.ended_alone += 1
-                record.log.append(f"the driver ended with {swept.code}: {swept.err.strip()[-300:]}")
             journal = folder / "journal.jsonl"
             kept = journal.read_bytes() if journal.is_file() else b""
             idle, size = (idle + 1, size) if len(kept) <= size else (0, len(kept))
@@ -153,15 +158,15 @@ class Storm:
         rng = scene.rng
         while sum(record.faults.values()) < self.faults:
             # most at a point of the sweep's own story, some by the clock: also before it begins and after it ends
-            lines = rng.randint(1, 9) if rng.random() < 0.8 else 10**9
-            delay = rng.uniform(0.0, 0.4) if lines < 10**9 else rng.uniform(0.5, 12.0)
+            lines = rng.randint(0, 3) if rng.random() < 0.85 else 10**9
+            delay = rng.uniform(0.0, 0.3) if lines < 10**9 else rng.uniform(0.5, 8.0)
             if not self._reached(scene, lines, delay):
                 return False
             kind = next(kinds)
             hit = FAULTS[kind].strike(scene)
             if not hit:
                 continue
-            record.faults[kind] += 1
+            record.faults[kind] = record.faults.get(kind, 0) + 1
             at = scene.journal[-1]["event"] if scene.journal else "start"
             line = f"{kind} ({hit}) after {len(scene.journal)} lines, at {at}"
             record.log.append(line)

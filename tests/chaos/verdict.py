@@ -58,6 +58,13 @@ def judge(swept: Swept, twin: Swept, exact: bool, kept: bytes, uri: str) -> Verd
     return verdict
 
 
+def judge_mlflow(swept: Swept, uri: str) -> Verdict:
+    """Compare what MLflow at `uri` has of a sweep with what is on disk."""
+    verdict = Verdict()
+    _compare_mlflow(verdict, swept, uri)
+    return verdict
+
+
 def decisions(swept: Swept) -> dict[str, list[tuple]]:
     """What was decided of each config, in order: independent of restarts and trial ids."""
     made: dict[str, list[tuple]] = {}
@@ -148,7 +155,9 @@ def _compare_mlflow(verdict: Verdict, swept: Swept, uri: str) -> None:
         name = {"sweep": "sweep", "config": "config_key", "run": "run_key"}[tags["kind"]]
         by_key.setdefault((tags["kind"], tags[name]), []).append(run)
     verdict.doubled += [f"{len(runs)} MLflow runs for {key}" for key, runs in by_key.items() if len(runs) > 1]
-    verdict.lost += [f"MLflow's {key} is still RUNNING" for key, runs in by_key.items() if runs[0].info.status == "RUNNING"]  # noqa: E501
+    verdict.lost += [
+        f"MLflow's {key} is still RUNNING" for key, runs in by_key.items() if runs[0].info.status == "RUNNING"
+    ]
     table = swept.runs.drop_duplicates("run_key").set_index("run_key")
     wanted = {("sweep", swept.folder.name), *(("run", key) for key in table.index),
               *(("config", key) for key in table.config_key)}  # fmt: skip

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from trainables.family import BadValue
 from trainables.files import write_atomically
@@ -106,6 +105,8 @@ def find_files(data_dir: Path | None, folder: str, names: Sequence[str], what: s
 
 def fetch(cache_dir: Path, url: str, known_hash: str, what: str) -> Path:
     """Download a published file once, checked against its hash ("md5:..." or "sha256:..."). `BadValue` if it fails."""
+    import pooch
+
     try:
         with _alone(cache_dir, f"download-{hashlib.sha256(url.encode()).hexdigest()[:12]}"):
             return Path(pooch.retrieve(url, known_hash, path=cache_dir / "downloads", progressbar=False))
