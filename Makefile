@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12   the Python to make .venv with; without it the first on PATH that is new enough
 #   ARGS="-k stacked"   passed on to the demo or to pytest
+#   N=200               faults of `make chaos`
 
 VENV := .venv
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -15,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-heavy test-gpu lint install install-dev clean
+.PHONY: demo test test-heavy test-gpu chaos lint install install-dev clean
 .SILENT:
 
 demo: $(INSTALLED)
@@ -29,6 +30,9 @@ test-heavy: $(INSTALLED_DEV)
 
 test-gpu: $(INSTALLED_DEV)
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+chaos: $(INSTALLED_DEV)
+	$(VENV)/bin/python -m tests.chaos --faults $(or $(N),200) $(ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(VENV)/bin/ruff check

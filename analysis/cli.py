@@ -21,13 +21,15 @@ from analysis.store import open_sweep
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 Name = Annotated[str, typer.Argument(help="the sweep's name: its folder under the storage")]
-Storage = Annotated[Path, typer.Option(help="folder that holds the sweeps", envvar="LANEWISE_STORAGE")]
+Storage = Annotated[
+    str, typer.Option(help="folder that holds the sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE")
+]
 Metric = Annotated[str | None, typer.Option(help="metric to read; default: what the sweep optimised")]
 At = Annotated[str, typer.Option(help="final, best, epoch=N or step=N")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow to log to; default: the sweep's own; `none`: do not log", show_default=False)
 ]
-DEFAULT_STORAGE = Path("sweeps")
+DEFAULT_STORAGE = "sweeps"
 
 
 def command(function: Callable[..., None], name: str | None = None) -> Callable[..., None]:
@@ -55,9 +57,15 @@ def report(
         bool, typer.Option("--journal", help="write the journal, too, as a sweep does at its end")
     ] = False,
     tracking_uri: TrackingUri = None,
+    when_told: Annotated[
+        bool, typer.Option("--when-told", help="get ready, then wait for a line on standard input", hidden=True)
+    ] = False,
 ) -> None:
     """Write the HTML report with its figures, and log it on the sweep's MLflow run."""
     from analysis.report import write_report
+
+    if when_told and not sys.stdin.readline():
+        return  # whoever would have told is gone
 
     made = write_report(storage, name, metric, at, curve)
     print(made.page)
@@ -71,7 +79,7 @@ def report(
     log(storage, name, tracking_uri, files, text)
 
 
-def log(storage: Path, name: str, uri: str | None, files: list[Path], description: str | None = None) -> None:
+def log(storage: str, name: str, uri: str | None, files: list[Path], description: str | None = None) -> None:
     """Logs to MLflow unless told `none`; a server that is away is told in one line and is no error."""
     if uri == "none":
         return

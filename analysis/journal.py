@@ -41,6 +41,7 @@ def write_journal(storage: Path | str, name: str, metric: str | None = None) -> 
     sweep = open_sweep(storage, name)
     path = sweep.folder / "journal.md"
     replace_text(path, f"{block(sweep, metric)}\n{_kept(path)}")
+    sweep.publish([path])
     return path
 
 
@@ -82,6 +83,7 @@ def add_note(storage: Path | str, name: str, text: str, now: datetime | None = N
     if MARK not in before:
         before = before.rstrip("\n") + "\n\n" + EMPTY
     replace_text(path, before.rstrip("\n") + "\n" + note + "\n")
+    sweep.publish([path])
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import socket
@@ -12,9 +13,7 @@ from urllib.parse import urlparse
 
 from analysis.errors import UserError
 from analysis.store import Sweep
-
-DESCRIPTION = 8000
-"""MLflow's longest tag value, characters."""
+from tuning.mlflow_page import fitting
 
 PATIENCE = 3.0
 """Seconds to wait for a tracking server to answer; MLflow itself would retry for minutes."""
@@ -28,13 +27,27 @@ def tracking_uri(sweep: Sweep, given: str | None = None) -> str | None:
     """
     if given:
         return given
-    stored = sweep.info.get("tracking_uri")
+    stored = _whole(sweep, sweep.info.get("tracking_uri"))
     own = sweep.folder.parent / "mlflow.db"
     if stored and not (
         stored.startswith("sqlite:") and _sqlite_path(stored) != own and not _sqlite_path(stored).exists()
     ):
         return str(stored)
     return f"sqlite:///{own}" if own.exists() else None
+
+
+def _whole(sweep: Sweep, stored: str | None) -> str | None:
+    """The URI with its password, which stands in a file of its own that only its owner can read."""
+    path = sweep.folder / "secrets.json"
+    try:
+        return str(json.loads(path.read_text())["tracking_uri"]) if path.is_file() else stored
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): give --tracking-uri") from error
+
+
+def shown(uri: str) -> str:
+    """A URI without what stands before its @."""
+    return re.sub(r"(://(?:[^\s/@:]*:)?)[^\s/]+(?=@)", r"\1***", uri)
 
 
 def log_to_sweep_run(
@@ -63,26 +76,6 @@ def log_to_sweep_run(
     return run_id
 
 
-def fitting(text: str, limit: int = DESCRIPTION) -> str:
-    """A journal cut to `limit` characters: first the list of runs from its end, then the text's middle."""
-    lines = text.split("\n")
-    lines[0] = re.sub(r"^# (.*)$", r"**\1**", lines[0])  # MLflow sets a title's lines on top of one another
-    left_out = 0
-    end = next((i for i, line in enumerate(lines) if line == "Observations:"), len(lines))
-    listed = [i for i, line in enumerate(lines[:end]) if line.startswith("- ")]
-    size = len(text) + 60
-    while size > limit and len(listed) > 5:
-        size -= len(lines.pop(listed.pop())) + 1
-        left_out += 1
-    if left_out:
-        lines.insert(listed[-1] + 1, f"- ... {left_out} more lines in the artifact report/journal.md")
-    cut = "\n".join(lines)
-    if len(cut) <= limit:
-        return cut
-    half = (limit - 60) // 2
-    return f"{cut[:half]}\n... (all of it: the artifact report/journal.md)\n{cut[-half:]}"
-
-
 def _sweep_run(client: Any, name: str, uri: str) -> str:
     quoted = "'" + name.replace("'", "''") + "'" if '"' in name else f'"{name}"'
     experiments = client.search_experiments()
@@ -97,7 +90,7 @@ def _sweep_run(client: Any, name: str, uri: str) -> str:
         order_by=["attributes.start_time DESC"],
     )
     if not runs:
-        raise UserError(f"{uri} has no run of the sweep '{name}' (tags sweep = {name}, kind = sweep)")
+        raise UserError(f"{shown(uri)} has no run of the sweep '{name}' (tags sweep = {name}, kind = sweep)")
     return str(runs[0].info.run_id)
 
 
@@ -109,7 +102,7 @@ def _answers(uri: str) -> None:
         try:
             socket.create_connection((parts.hostname or "", port), timeout=PATIENCE).close()
         except OSError as error:
-            raise UserError(f"the tracking server {uri} does not answer: {error}") from error
+            raise UserError(f"the tracking server {shown(uri)} does not answer: {error}") from error
     elif parts.scheme == "sqlite" and not _sqlite_path(uri).exists():
         raise UserError(f"no MLflow database at {_sqlite_path(uri)}")
 

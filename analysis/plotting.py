@@ -235,4 +235,6 @@ def plot(
                 page = {KINDS[kind].caption: KINDS[kind].live(drawn)}
                 interactive.write_page(page, folder / f"{kind}.html", f"{sweep.name}: {kind}")
                 written.append((kind, str(target / f"{kind}.html")))
+    if out is None:
+        sweep.publish(Path(path) for _, path in written)
     return pd.DataFrame(written, columns=["kind", "path"])

@@ -61,6 +61,7 @@ def write_report(
         (folder / "index.html").write_text(page, encoding="utf-8")
         names = sorted(path.name for path in folder.iterdir())
     target = sweep.folder / "report"
+    sweep.publish(target / file for file in names)
     return Report(target, subject.table, [target / file for file in names])
 
 

@@ -6,12 +6,13 @@ of 10,000 runs touches eight configs' rows. Nothing is cached between calls: a r
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -20,7 +21,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from analysis.errors import UserError, unknown
+from tuning import mirror
 
+T = TypeVar("T")
+P = ParamSpec("P")
+ATTEMPTS = 10
 ENDED = ("finished", "stopped", "diverged", "oom", "crashed", "cancelled")
 """Stop reasons; a run that has none of them is `running` or `pending`."""
 
@@ -53,13 +58,39 @@ COSTS: dict[str, dict[str, str]] = {
 }
 """Metrics that are columns of runs.parquet themselves, whatever the family."""
 
+_NEEDED = ("run_key", "config_key", "seed")
+"""Columns without which no row is a run's."""
+
+
+def _reading(read: Callable[P, T]) -> Callable[P, T]:
+    """Reads again where a part file, listed a moment before, was merged into a larger one (a sweep that runs)."""
+
+    @wraps(read)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return read(*args, **kwargs)
+        return read(*args, **kwargs)
+
+    return again
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sweep's folder, and the frozen command in its sweep.json."""
+    """One sweep's folder, and the frozen command in its sweep.json. Where the sweep is in object storage, `storage` is
+    its URL and `folder` this machine's copy."""
 
     folder: Path
     info: dict[str, Any]
+    storage: str = ""
+
+    def publish(self, files: Iterable[Path]) -> None:
+        """Makes files that were written below `folder` part of the sweep for everybody."""
+        if self.storage:
+            try:
+                mirror.publish(self.storage, self.folder.name, files)
+            except mirror.StorageError as error:
+                raise UserError(str(error)) from error
 
     # --- what was asked ---------------------------------------------------------------------------------------------
 
@@ -116,8 +147,8 @@ class Sweep:
         path = self.folder / "runs.parquet"
         try:
             return list(pq.read_schema(path).names) if path.exists() else []
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
     def runs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """One row a run. Standard columns are always there; `columns` adds others (None: all of them).
@@ -131,11 +162,15 @@ class Sweep:
         try:
             with path.open("rb") as file:  # one open file: the sweep may replace it between two opens
                 parquet = pq.ParquetFile(file)
+                _check_columns(path, parquet.schema_arrow)
                 have = parquet.schema_arrow.names
                 wanted = None if columns is None else [c for c in have if c in _STANDARD or c in columns]
                 frame = parquet.read(columns=wanted).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        for name in _NEEDED:
+            if frame[name].isna().any():
+                raise UserError(f"{path} has rows without {name}: it is not what a sweep wrote")
         for name, default in _STANDARD.items():
             if name not in frame:
                 frame[name] = default
@@ -211,6 +246,7 @@ class Sweep:
         where = _both(_among("name", names), _among("run_key", runs))
         return self._table("covariates", None, where, ["run_key", "epoch", "name"])
 
+    @_reading
     def covariate_names(self) -> list[str]:
         """Names of the covariates that were recorded (none: an empty list)."""
         data = self._dataset("covariates")
@@ -221,6 +257,7 @@ class Sweep:
             names.update(pc.unique(batch["name"]).to_pylist())
         return sorted(names)
 
+    @_reading
     def metrics_of(self, table: str) -> list[str]:
         """Metric columns of `epochs` or `steps`, as far as written."""
         data = self._dataset(table)
@@ -234,10 +271,13 @@ class Sweep:
         try:
             schemas = [pq.read_schema(file).remove_metadata() for file in files]
             schema = pa.unify_schemas(schemas, promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise UserError(f"{self.folder / table} cannot be read: {str(error).splitlines()[0]}") from error
+        except FileNotFoundError:
+            raise  # merged into a larger one since it was listed: `_reading` looks again
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         return ds.dataset(files, schema=schema, format="parquet")
 
+    @_reading
     def _table(
         self, table: str, columns: list[str] | None, where: pc.Expression | None, key: list[str]
     ) -> pd.DataFrame:
@@ -248,7 +288,10 @@ class Sweep:
             if name not in data.schema.names and name not in ("task", "step"):
                 raise unknown(f"metric in {self.name}/{table}", name, self.metrics_of(table))
         present = None if columns is None else [c for c in dict.fromkeys(columns) if c in data.schema.names]
-        frame = data.to_table(columns=present, filter=where).to_pandas()
+        try:
+            frame = data.to_table(columns=present, filter=where).to_pandas()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / table} cannot be read: {first_line(error)}") from error
         # Stable sort: of rows written twice by a resumed run, the later file's stays.
         frame = frame.drop_duplicates(key, keep="last").sort_values(key, kind="stable")
         return frame.reset_index(drop=True)
@@ -275,6 +318,26 @@ class Sweep:
         return {name: int(value) for name, value in (self.info.get("schedule") or {}).items()}
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    """The columns that every reader counts on are of their types, or `UserError`."""
+    for name in _NEEDED:
+        if name not in schema.names:
+            raise UserError(f"{path} has no column {name}: it is not what a sweep wrote")
+    for name, default in _STANDARD.items():
+        if name not in schema.names or not isinstance(default, (str, int, float)):
+            continue
+        kind = schema.field(name).type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not pa.types.is_null(kind) and not (text if isinstance(default, str) else number):
+            raise UserError(f"{path} holds {name} as {kind}: it is not what a sweep wrote")
+
+
 def _among(column: str, values: Iterable[Any] | None) -> pc.Expression | None:
     return None if values is None else pc.field(column).isin(list(values))
 
@@ -285,28 +348,58 @@ def _both(left: pc.Expression | None, right: pc.Expression | None) -> pc.Express
     return left & right
 
 
-def open_sweep(storage: Path | str, name: str) -> Sweep:
-    """The sweep `name` under `storage`.
+def open_sweep(storage: Path | str, name: str, curves: Iterable[str] = mirror.CURVES) -> Sweep:
+    """The sweep `name` under `storage`, a folder or the URL of object storage.
+
+    Args:
+        curves: tables to bring here from object storage.
 
     Raises:
         UserError: there is no such folder, or its sweep.json is missing or malformed.
     """
+    if mirror.is_url(storage):
+        return _fetch_sweep(str(storage), name, curves)
     storage = Path(storage)
     if not storage.is_dir():
         raise UserError(f"no folder {storage}: give --storage the folder that holds the sweeps")
     folder = storage / name
     # A name such as `../x` or `` would read (and later write) outside the storage.
-    if not name or Path(name).name != name or not (folder / "sweep.json").is_file():
+    if name in ("", ".", "..") or Path(name).name != name or not (folder / "sweep.json").is_file():
         raise unknown("sweep", name, sweep_names(storage), f" under {storage}")
+    return Sweep(folder, _info(folder))
+
+
+def _fetch_sweep(storage: str, name: str, curves: Iterable[str]) -> Sweep:
     try:
-        info = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'sweep.json'} is not JSON: {error}") from error
+        if not name or Path(name).name != name:
+            raise FileNotFoundError
+        folder = mirror.fetch(storage, name, curves)
+    except FileNotFoundError:
+        raise unknown("sweep", name, sweep_names(storage), f" under {storage}") from None
+    except mirror.StorageError as error:
+        raise UserError(str(error)) from error
+    return Sweep(folder, _info(folder), storage)
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    path = folder / "sweep.json"
+    try:
+        info = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(info, dict):
-        raise UserError(f"{folder / 'sweep.json'} holds no JSON object")
-    return Sweep(folder, info)
+        raise UserError(f"{path} holds no JSON object")
+    for name, kind in (("metrics", dict), ("space", list), ("schedule", dict), ("metric", str), ("scheduler", dict)):
+        if info.get(name) is not None and not isinstance(info[name], kind):
+            raise UserError(f"{path} is damaged: {name} is {str(info[name])[:60]!r}")
+    return info
 
 
 def sweep_names(storage: Path | str) -> list[str]:
     """Names of the sweeps under `storage`."""
+    if mirror.is_url(storage):
+        try:
+            return mirror.names(storage)
+        except mirror.StorageError as error:
+            raise UserError(str(error)) from error
     return sorted(path.parent.name for path in Path(storage).glob("*/sweep.json"))

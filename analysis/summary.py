@@ -13,6 +13,7 @@ from scipy import stats
 from analysis.errors import UserError, unknown
 from analysis.statistics import interquartile_mean
 from analysis.store import COSTS, ENDED, Sweep, open_sweep, sweep_names
+from tuning.mirror import is_url
 
 _AT = re.compile(r"(epoch|step)=(\d+)")
 
@@ -172,11 +173,11 @@ def complete(matrix: pd.DataFrame) -> pd.DataFrame:
 
 def list_sweeps(storage: Path | str) -> pd.DataFrame:
     """One row a sweep: configs, runs, how they stand, the best mean so far, device hours, when it started."""
-    if not Path(storage).is_dir():
+    if not is_url(storage) and not Path(storage).is_dir():
         raise UserError(f"no folder {storage}: give --storage the folder that holds the sweeps")
     rows = []
     for name in sweep_names(storage):
-        sweep = open_sweep(storage, name)
+        sweep = open_sweep(storage, name, curves=())
         runs = scores(sweep, columns=[])
         table = summarise(sweep, runs)
         fresh = scores(sweep, columns=[], phase="confirm")

@@ -44,6 +44,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 60.0
 """Seconds an arm has beyond its cap to write down what it did, before it is ended."""
 
+LONGER = 200
+
 Row = dict[str, Any]
 
 
@@ -84,6 +86,8 @@ def main(
     except BadValue as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
+    # told to end, take the arm's processes along
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench.kernel_rows, bench.seconds, bench.seeds, bench.reuse = engine or [], seconds, seeds, reuse_actors
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = False
@@ -267,14 +271,16 @@ class Bench:
         lines = self._fresh("kernels") / "rows.jsonl"
         command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--family", self.job.plan.family]
         config = self.job.configs[len(self.job.configs) // 2]
-        for name, value in config.values.items():
+        long = "tasks" if "tasks" in config.values else "epochs"
+        values = {**config.values, long: LONGER * config.values[long]}  # no run ends while it is measured
+        for name, value in values.items():
             command += ["--set", f"{name}={text_of(value)}"]
         command += [part for choice in choices for part in ("--engine", choice)]
         command += ["--seconds", str(self.seconds), "--out", str(lines)]
         command += ["--data-dir", str(self.data_dir)] if self.data_dir else []
         error, wall = self._process(command)
         rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        kept = ("engine", "lanes", "trial_steps_per_s", "with_evaluation", "setup_s", "peak_GiB")
+        kept = ("engine", "lanes", "trial_steps_per_s", "with_evaluation", "in_stack", "setup_s", "peak_GiB")
         found = [{name: row[name] for name in kept} for row in rows]
         return {"found": found, "error": "" if found else error, "stopped_early": error, "wall_s": wall}
 

@@ -140,9 +140,9 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
     if not kernels:
         return lines
     lines += [
-        f"| engine alone | lanes | trial-steps/s | with evaluation | share of {precision} ceiling | share of floor "
-        "| set-up s | peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| engine alone | lanes | trial-steps/s | with evaluation | in a stack "
+        f"| share of {precision} ceiling | share of floor | set-up s | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in kernels:
         rate = row["trial_steps_per_s"]
@@ -152,6 +152,7 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
             str(row["lanes"]),
             f"{rate:,.0f}",
             f"{row['with_evaluation']:,.0f}",
+            f"{row['in_stack']:,.0f}",
             number(ceiling, "{:.1%}"),
             number(floor and rate * floor, "{:.1%}"),
             f"{row['setup_s']:.1f}",

@@ -13,11 +13,11 @@ checkpoints and no MLflow runs; lanewise does all of it.
 from __future__ import annotations
 
 import json
+import math
 import os
-import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script is imported from its own folder; the packages stand one above
+from benchmarks.processes import Cost, measure  # noqa: E402
+
 TINY = {"data": "digits", "tasks": 2, "epochs_per_task": 1, "depth": 1, "hidden": 6, "batch": 50}
 JOBS: dict[str, dict[str, Any]] = {
     "trivial": {"base": TINY, "axes": {"lr": [10 ** (-1 - i / 13) for i in range(40)]}, "seeds": 1},
@@ -45,10 +47,7 @@ def main(
     if side == "tune":
         bare_tune(JOBS[job])
         return
-    rows = []
-    for name in [job] if job else list(JOBS):
-        rows.append((name, *measure(name)))
-    text = table(rows)
+    text = table([measure_job(name) for name in ([job] if job else JOBS)])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
     print(text)
@@ -65,37 +64,34 @@ def fields(job: dict[str, Any]) -> dict[str, Any]:
     return {**(job["base"] or demo_base())}
 
 
-def measure(name: str) -> tuple[int, int, float, float, dict[str, float]]:
-    """(configs, runs, seconds of bare Tune, seconds of lanewise, where lanewise's went)."""
+@dataclass(frozen=True)
+class Result:
+    """Both sides of a job; `seconds` is lanewise's timing.json."""
+
+    name: str
+    configs: int
+    runs: int
+    bare: Cost
+    ours: Cost
+    seconds: dict[str, float]
+
+
+def measure_job(name: str) -> Result:
+    """Both sides, one after the other, each in a fresh process."""
     job = JOBS[name]
-    configs = 1
-    for values in job["axes"].values():
-        configs *= len(values)
-    begun = time.perf_counter()
-    subprocess.run([sys.executable, __file__, "--job", name, "--side", "tune"], check=True, env=environment())
-    bare = time.perf_counter() - begun
+    configs = math.prod(len(values) for values in job["axes"].values())
+    bare = measure([sys.executable, __file__, "--job", name, "--side", "tune"], environment())
     with tempfile.TemporaryDirectory() as storage:
-        command = [
-            sys.executable,
-            str(ROOT / "tune_ci_vit.py"),
-            "lr",
-            "--quiet",
-            "--name",
-            "bench",
-            "--storage",
-            storage,
-        ]
-        command += ["--scheduler", "none", "--searcher", "grid", "--seeds", str(job["seeds"])]
+        command = [sys.executable, str(ROOT / "tune_ci_vit.py"), "lr", "--quiet", "--name", "bench"]
+        command += ["--storage", storage, "--scheduler", "none", "--searcher", "grid", "--seeds", str(job["seeds"])]
         for axis, values in job["axes"].items():
             command += ["--space", f"{axis}={','.join(map(str, values))}"]
         base = {"depth": 3, "train_acc_after": "false", **fields(job)}
         for field, value in base.items():
             command += ["--set", f"{field}={value}"]
-        begun = time.perf_counter()
-        subprocess.run(command, check=True, env=environment())
-        ours = time.perf_counter() - begun
+        ours = measure(command, environment())
         seconds = json.loads((Path(storage) / "bench" / "timing.json").read_text())
-    return configs, configs * job["seeds"], bare, ours, seconds
+    return Result(name, configs, configs * job["seeds"], bare, ours, seconds)
 
 
 def environment() -> dict[str, str]:
@@ -166,28 +162,50 @@ def plain_trial() -> type:
     return PlainTrial
 
 
-def table(rows: list[tuple[str, int, int, float, float, dict[str, float]]]) -> str:
+def table(results: list[Result]) -> str:
     from tuning.provenance import versions
 
     shown = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("python", "ray", "torch"))
     lines = [
         "# Overhead against bare Ray Tune",
         "",
-        f"`python {' '.join(['benchmarks/overhead.py', *sys.argv[1:]])}` on {os.cpu_count()} cores; {shown}.",
-        "Wall seconds of whole processes, start-up included; what each side does is in the script's docstring.",
+        f"`python {' '.join(['benchmarks/overhead.py', *sys.argv[1:]])}` on {os.cpu_count()} cores; {shown}; load of "
+        f"the machine {os.getloadavg()[2]:.1f} at the end (mean of 15 minutes).",
+        "Whole processes, start-up included, with everything they start; what each side does is in the script's",
+        "docstring. Memory is the peak of the sum of PSS over the processes.",
         "",
-        "| job | configs | runs | bare Tune s | lanewise s | ratio | configs/min bare | configs/min lanewise |",
+        "| job | configs | runs | side | wall s | processor s | peak MB | configs/min |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, configs, runs, bare, ours, _ in rows:
-        lines.append(
-            f"| {name} | {configs} | {runs} | {bare:.1f} | {ours:.1f} | {ours / bare:.2f} | {60 * configs / bare:.1f} "
-            f"| {60 * configs / ours:.1f} |"
-        )
-    lines += ["", "Where lanewise's seconds went:", ""]
-    for name, _, _, _, _, seconds in rows:
-        lines.append(f"* {name}: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items()))
+    for result in results:
+        for side, cost in (("bare Tune", result.bare), ("lanewise", result.ours)):
+            lines.append(
+                f"| {result.name} | {result.configs} | {result.runs} | {side} | {cost.wall:.1f} | {cost.cpu:.1f} "
+                f"| {cost.peak / 1e6:.0f} | {60 * result.configs / cost.wall:.1f} |"
+            )
+    lines += ["", "Wall time of lanewise over that of bare Tune: " + "; ".join(map(_ratio, results)) + "."]
+    names = [f"{result.name} s" for result in results]
+    lines += ["", "Where lanewise's wall time went:", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    phases = [_phases(result) for result in results]
+    lines += [f"| {phase} | {' | '.join(f'{each[phase]:.1f}' for each in phases)} |" for phase in phases[0]]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(result: Result) -> str:
+    return f"{result.name} {result.ours.wall / result.bare.wall:.2f}"
+
+
+def _phases(result: Result) -> dict[str, float]:
+    """Parts of the wall time, in order; the third lies within the second and the fifth is for comparison."""
+    seconds = result.seconds
+    starting = result.ours.wall - seconds["search"] - seconds["report and MLflow"]
+    return {
+        "start-up: command line, imports, Ray's start and end": starting,
+        "search: from Ray's start to the last result": seconds["search"],
+        "of this, until the first result (hosts and trials import)": seconds["first result"],
+        "logging: report and MLflow after the search": seconds["report and MLflow"],
+        "training, of each device": seconds["training, all devices"] / seconds["devices"],
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The device host: one Ray actor a device owns every lane on it; the pool starts hosts and places configs on them.
+"""The device host: one Ray actor a device owns every lane on it. `lanes.pool` starts hosts and places configs on them.
 
-The only module of `lanes` that imports Ray. A host holds its device whole (one GPU, or one processor core), so that
+A host holds its device whole (one GPU, or one processor core), so that
 Ray's accounting is exact; the trials that attach to it hold next to nothing. Each program on the device has its own
 `Stack`; stacks with work take turns. Nothing heavy is imported before the actor runs, because every trial process
 imports this module.
@@ -16,14 +16,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from lanes.job import Job, Report
+from lanes.job import Job, Report, program_name
+from lanes.placement import Slot
+from lanes.records import OnceRecorder, StorageLost, StoredCheckpoints
 
 if TYPE_CHECKING:
     from lanes.stack import Checkpoints, Recorder, Stack
@@ -44,6 +43,9 @@ class HostSettings:
         cache_dir: the node's cache of decoded data and probe results.
         make_recorder: device label -> Recorder.
         make_checkpoints: () -> Checkpoints.
+        make_log: device label -> the file that its host logs to, asked for on the host's node.
+        make_formatter: format -> what formats the host's log.
+        device: torch device of every host; "" is the one that Ray gave it.
     """
 
     engine: str
@@ -54,20 +56,32 @@ class HostSettings:
     cache_dir: Path
     make_recorder: Callable[[str], Recorder]
     make_checkpoints: Callable[[], Checkpoints]
+    make_log: Callable[[str], str] = lambda label: os.devnull
+    make_formatter: Callable[[str], logging.Formatter] = logging.Formatter
+    device: str = ""
 
 
 class Host:
     """All lanes of one device, without Ray: `HostActor` drives it, tests may too."""
 
-    def __init__(self, settings: HostSettings, device: str, label: str):
+    def __init__(
+        self,
+        settings: HostSettings,
+        device: str,
+        label: str,
+        on_rate: Callable[[str, float, int], None] = lambda program, rate, lanes: None,
+    ):
         self.settings = settings
+        self._on_rate = on_rate  # told (program, trial-steps a second, lanes) of every program that was probed
         self.device = device
         self.label = label
-        self._recorder = settings.make_recorder(label)
-        self._checkpoints = settings.make_checkpoints()
+        self._recorder: Recorder = OnceRecorder(settings.make_recorder(label))
+        self._checkpoints: Checkpoints = StoredCheckpoints(settings.make_checkpoints())
         self._stacks: dict[str, Stack] = {}
         self._stack_of: dict[str, str] = {}  # token -> program key
-        self._arrays: dict[str, Any] = {}  # memory-mapped file -> tensor on the device, shared by programs
+        self._arrays: dict[tuple, Any] = {}  # part of a memory-mapped file -> tensor on the device, for all programs
+        self._notices: list[str] = []  # for the user, with the next report
+        self._ended_here: list[Report] = []  # of configs for which there was no memory
 
     @property
     def busy(self) -> bool:
@@ -82,7 +96,7 @@ class Host:
         program, hyper = family.build(job.values)
         key = program_key(family.name, program)
         if key not in self._stacks:
-            make_engine = lambda: self._make_engine(family, program, hyper)
+            make_engine = lambda: self._make_engine(family, program, hyper, self._stacks[key].most)
             self._stacks[key] = Stack(family, program, make_engine, self._recorder, self._checkpoints)
         self._stacks[key].attach(job)
         self._stack_of[job.token] = key
@@ -96,33 +110,95 @@ class Host:
         """Let a config go; its lanes are free at once. The stack stays: an empty one costs next to nothing, and the
         next config of the same program finds its engine chosen and compiled."""
         key = self._stack_of.pop(token, None)
-        if key is not None:
-            self._stacks[key].release(token)
+        if key is not None and key in self._stacks:
+            self._with_memory(key, lambda: self._stacks[key].release(token))
+            self._stacks[key].release(token)  # again, where memory ran out half-way; nothing otherwise
 
     def save(self, token: str) -> None:
         """Checkpoint a config now."""
         if token in self._stack_of:
-            self._stacks[self._stack_of[token]].save(token)
+            key = self._stack_of[token]
+            self._with_memory(key, lambda: self._stacks[key].save(token))
+
+    def save_all(self) -> None:
+        """Checkpoint everything now: the sweep is about to stop."""
+        for key in list(self._stacks):
+            self._with_memory(key, self._stacks[key].save_all)
 
     def flush(self) -> None:
         self._recorder.flush(force=True)
 
     def tick(self) -> list[Report]:
-        """One turn of every stack with work. A family that raises takes only its own stack down."""
+        """One turn of every stack with work. A family that raises takes only its own stack down; a lack of memory
+        takes lanes away, of its own stack or of the largest other, until one lane alone does not fit."""
         reports: list[Report] = []
         for key, stack in list(self._stacks.items()):
             try:
-                reports += stack.tick()
+                reports += self._with_memory(key, stack.tick) or ()
+            except StorageLost as error:
+                reports += self._give_up(key, str(error), "storage")
             except Exception:
-                error = traceback.format_exc()
-                log.error("%s: a program failed\n%s", self.label, error)
-                for token in [token for token, owner in self._stack_of.items() if owner == key]:
-                    reports.append(Report(token, 0, True, {}, "", 0, error))
-                    del self._stack_of[token]
-                del self._stacks[key]
+                reports += self._give_up(key, traceback.format_exc(), "crashed")
+        reports += self._ended_here
+        self._ended_here = []
+        if reports and self._notices:
+            reports[0] = replace(reports[0], notice="; ".join(self._notices))
+            self._notices = []
         return [replace(report, device=self.label) for report in reports]
 
-    def _make_engine(self, family: Any, program: Any, hyper: Any) -> tuple[Any, int]:
+    def _give_up(self, key: str, error: str, reason: str) -> list[Report]:
+        """Every config of a stack ends."""
+        log.error("%s: a program failed\n%s", self.label, error)
+        tokens = [token for token, owner in self._stack_of.items() if owner == key]
+        for token in tokens:
+            del self._stack_of[token]
+        del self._stacks[key]
+        return [Report(token, 0, True, {}, "", 0, error, reason=reason) for token in tokens]
+
+    # --- memory ---
+
+    def _with_memory(self, key: str, work: Callable[[], Any]) -> Any:
+        """What `work` of a stack returns; None where memory ran out, and there is more of it for the next turn."""
+        from lanes.memory import give_back, is_out_of_memory
+
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            told = traceback.format_exc()
+        # the error is gone, and with it the frames that held what there was no memory for
+        self._make_room(key, told)
+        give_back(self.device)
+        return None
+
+    def _make_room(self, key: str, error: str) -> None:
+        """Halve the stack's lanes, or, where it has one, those of the largest other; at last end its config."""
+        stack = self._stacks[key]
+        others = [other for name, other in self._stacks.items() if name != key]
+        for other in others:
+            other.rest()
+        largest = max(others, key=lambda other: other.in_memory, default=stack)
+        smaller = stack if stack.crowd > 1 or largest.in_memory <= 1 else largest
+        if smaller.crowd > 1:
+            before = smaller.crowd
+            smaller.shrink()
+            notice = f"{self.label}: out of memory with {before} lanes, going on with {smaller.most}"
+            log.warning("%s", notice)
+            self._notices.append(notice)
+            return
+        token = stack.out_of_memory()
+        stack.shrink()
+        log.error("%s: out of memory with one lane\n%s", self.label, error)
+        if token:
+            stack.release(token)
+            self._stack_of.pop(token, None)
+            self._ended_here.append(Report(token, 0, True, {}, "", 0, error, reason="oom"))
+
+    # --- engines ---
+
+    def _make_engine(self, family: Any, program: Any, hyper: Any, most: int | None = None) -> tuple[Any, int]:
+        """`most`: the lanes that fit into memory, once it has run out."""
         from lanes.engine import put
         from lanes.probe import make_engine, probe, resolve_engine
         from trainables.family import program_key
@@ -138,30 +214,41 @@ class Host:
                 arrays,
                 self.device,
                 host_arrays,
-                wanted=self.settings.lanes or self.settings.wanted,
+                wanted=min(self.settings.lanes or self.settings.wanted, most or self.settings.wanted),
                 expected_steps=self.settings.expected_steps,
                 engines=None if name == "auto" else (name,),
                 cache=self.settings.cache_dir / "probes",
             )
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
+            self._on_rate(program_name(asdict(program)), max(row.rate for row in choice.table), choice.lanes)
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
+        lanes = min(lanes, most or lanes)
         return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 
     def _put(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """On the device, once for all programs that read the same memory-mapped file."""
+        """On the device, once for all programs that read the same part of a memory-mapped file."""
         from lanes.engine import put
 
         placed = {}
         for name, array in arrays.items():
-            file = str(getattr(array, "filename", None) or "")
-            if file not in self._arrays:
-                tensor = put({name: array}, self.device)[name]
-                if not file:
-                    placed[name] = tensor
-                    continue
-                self._arrays[file] = tensor
-            placed[name] = self._arrays[file]
+            part = _part(array)
+            if part is None:
+                placed[name] = put({name: array}, self.device)[name]
+                continue
+            if part not in self._arrays:
+                self._arrays[part] = put({name: array}, self.device)[name]
+            placed[name] = self._arrays[part]
         return placed
+
+
+def _part(array: Any) -> tuple | None:
+    """Which part of which file a memory-mapped array shows; None for an array in memory."""
+    if not getattr(array, "filename", None):
+        return None
+    whole = array
+    while hasattr(whole.base, "filename"):
+        whole = whole.base
+    return str(array.filename), array.ctypes.data - whole.ctypes.data, array.shape, array.strides, array.dtype.str
 
 
 def described(label: str, device: str) -> str:
@@ -176,18 +263,20 @@ def described(label: str, device: str) -> str:
 class HostActor:
     """The host behind Ray: calls are queued, a thread of its own trains, reports wake whoever waits for them."""
 
-    def __init__(self, settings: HostSettings, device: str, label: str, log_file: str, threads: int | None):
+    def __init__(self, settings: HostSettings, device: str, slot: Slot, threads: int | None, pool: Any):
         import torch
 
-        logging.basicConfig(
-            filename=log_file, level=logging.INFO, format=f"%(asctime)s {label} %(message)s", force=True
-        )
+        label = slot.label
+        handler = logging.FileHandler(settings.make_log(label))
+        handler.setFormatter(settings.make_formatter(f"%(asctime)s {label} %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
             torch.set_num_threads(threads)
         if node_cache := os.environ.get("LANEWISE_CACHE"):
             settings = replace(settings, cache_dir=Path(node_cache))  # this node's, not the driver's
         self._settings, self._device, self._label = settings, device, label
+        self._on_rate = lambda program, rate, lanes: pool.measured.remote(slot, program, rate, lanes)
         self._commands: queue.SimpleQueue[tuple[str, tuple, asyncio.Future | None]] = queue.SimpleQueue()
         self._reports: dict[str, asyncio.Queue[Report]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -212,6 +301,9 @@ class HostActor:
     async def save(self, token: str) -> None:
         await self._ask("save", token)
 
+    async def save_all(self) -> None:
+        await self._ask("save_all")
+
     async def flush(self) -> float:
         """Everything recorded is on disk. Returns the seconds this host spent training so far."""
         await self._ask("flush")
@@ -230,7 +322,8 @@ class HostActor:
                 name, args, done = self._commands.get()
                 try:
                     if host is None:
-                        host = Host(self._settings, self._device, described(self._label, self._device))
+                        label = described(self._label, self._device)
+                        host = Host(self._settings, self._device, label, self._on_rate)
                     getattr(host, name)(*args)
                     self._tell(_settle, done, None)
                 except Exception as error:
@@ -259,129 +352,3 @@ def _settle(done: asyncio.Future | None, error: Exception | None) -> None:
         done.set_result(None)
     else:
         done.set_exception(error)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A device that can have a host: one GPU or one core of a node."""
-
-    node: str
-    address: str
-    kind: str  # "cuda" or "cpu"
-    index: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind}:{self.index}@{self.address}"
-
-
-class Pool:
-    """Starts a host a device and says which one a config should attach to. A Ray actor; holds no lanes itself.
-
-    GPUs only, where there are any: a host a GPU; else a host a core. Nodes that join later are found; hosts that died,
-    and trials whose node died without a word, are let go.
-    """
-
-    def __init__(self, settings: HostSettings, log_file: str, most_hosts: int, cpu_share: float):
-        self._settings = settings
-        self._log_file = log_file
-        self._most_hosts = most_hosts
-        self._cpu_share = cpu_share
-        self._hosts: dict[Slot, Any] = {}
-        self._loads: dict[Slot, int] = {}
-        self._programs: dict[Slot, dict[str, int]] = {}
-        self._placed: dict[str, tuple[Slot, str, int, str]] = {}
-        self._looked = 0.0
-        self._look()
-
-    def place(self, token: str, program: str, lanes: int, node: str = "") -> tuple[Any, str] | None:
-        """(host, its label) for a config of `lanes` lanes whose trial runs on `node`; None while no device is left.
-        Prefers a host that runs the program already, unless another is less than half as loaded."""
-        self._look()
-        if not self._hosts:
-            return None
-        least = min(self._loads, key=lambda slot: self._loads[slot])
-        same = [slot for slot in self._hosts if self._programs[slot].get(program)]
-        slot = min(same, key=lambda s: self._loads[s], default=least)
-        if self._loads[slot] > 2 * self._loads[least] + lanes:
-            slot = least
-        self._loads[slot] += lanes
-        self._programs[slot][program] = self._programs[slot].get(program, 0) + 1
-        self._placed[token] = (slot, program, lanes, node)
-        return self._hosts[slot], slot.label
-
-    def leave(self, token: str) -> None:
-        """A config has left the host it was placed on."""
-        if token in self._placed:
-            slot, program, lanes, _ = self._placed.pop(token)
-            if slot in self._hosts:
-                self._loads[slot] -= lanes
-                self._programs[slot][program] -= 1
-
-    def lost(self, token: str) -> None:
-        """The host that a config was placed on has died: nothing is placed there again. Its device gets a new host when
-        its node is still there."""
-        if token in self._placed:
-            self._drop(self._placed[token][0])
-
-    async def flush(self) -> dict[str, float]:
-        """Everything every host has recorded is on disk. Returns {host label: seconds spent training}."""
-        seconds = {}
-        for slot, host in list(self._hosts.items()):
-            try:
-                seconds[slot.label] = await host.flush.remote()
-            except ray.exceptions.ActorDiedError:
-                self._drop(slot)
-        return seconds
-
-    def _look(self) -> None:
-        """Find devices that have no host yet and nodes that have gone, at most every ten seconds."""
-        if self._hosts and time.monotonic() - self._looked < 10:
-            return
-        self._looked = time.monotonic()
-        slots, nodes = find_slots(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        for slot in [slot for slot in self._hosts if slot.node not in nodes]:
-            self._drop(slot)
-        for token, (slot, _, _, node) in list(self._placed.items()):
-            if node and node not in nodes:  # the trial cannot let go any more; it is tried again under another token
-                self._hosts[slot].release.remote(token)
-                self.leave(token)
-        for slot in slots:
-            if slot not in self._hosts and len(self._hosts) < self._most_hosts:
-                self._hosts[slot] = self._start(slot)
-                self._loads[slot] = 0
-                self._programs[slot] = {}
-
-    def _drop(self, slot: Slot) -> None:
-        """Forget a host that has died, and who was on it."""
-        for table in (self._hosts, self._loads, self._programs):
-            table.pop(slot, None)
-        self._placed = {token: placed for token, placed in self._placed.items() if placed[0] != slot}
-
-    def _start(self, slot: Slot) -> Any:
-        gpu = slot.kind == "cuda"
-        actor = ray.remote(HostActor).options(
-            num_cpus=0 if gpu else self._cpu_share,
-            num_gpus=1 if gpu else 0,
-            max_concurrency=10_000,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node, soft=False),
-        )
-        device = "cuda" if gpu else "cpu"
-        return actor.remote(self._settings, device, slot.label, self._log_file, None if gpu else 1)
-
-
-def find_slots() -> list[Slot]:
-    """Every device of the cluster that may have a host."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    gpus = [
-        Slot(node["NodeID"], node["NodeManagerAddress"], "cuda", i)
-        for node in nodes
-        for i in range(int(node["Resources"].get("GPU", 0)))
-    ]
-    if gpus:
-        return gpus
-    return [
-        Slot(node["NodeID"], node["NodeManagerAddress"], "cpu", i)
-        for node in nodes
-        for i in range(int(node["Resources"].get("CPU", 0)))
-    ]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def program_name(fields: Mapping[str, Any]) -> str:
+    """A program as one text, equal wherever its fields are: what placement tells programs apart by."""
+    return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -56,3 +62,5 @@ class Report:
     lanes: int
     error: str | None = None
     device: str = ""
+    reason: str = "crashed"  # where there is an error: its stop reason, "crashed", "oom" or "storage"
+    notice: str = ""  # something the user should see, in one line

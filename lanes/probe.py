@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import Any
 import torch
 
 from lanes.engine import Engine
+from lanes.memory import is_out_of_memory
 from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine, power_of_two
 from trainables.family import Arrays, Family, program_key
+from trainables.files import write_atomically
 
 MOST_AT_ONCE = 16  # steps of one launch while measuring on a GPU
 KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
@@ -161,7 +162,9 @@ def probe(
         try:
             engine = make_engine(name, lanes, family, program, arrays, device, host_arrays)
             measured, setup = measure(engine, hyper, lanes, seconds)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             measured, setup = 0.0, time.perf_counter() - started
         rows.append(Row(name, lanes, measured, setup))
         if torch.device(device).type == "cuda":
@@ -183,6 +186,8 @@ def probe(
             rate(name, 1)  # lanes take turns: the rate does not depend on their number
         else:
             climb(name, 2, 4 if cuda else 2)
+    if not any(row.rate for row in rows):
+        raise torch.OutOfMemoryError("no engine fits into memory, not even with one lane")
 
     def ahead() -> float:
         """Seconds of training to come at the best rate so far."""
@@ -199,7 +204,9 @@ def probe(
     lanes = wanted if fastest.engine == "serial" else fastest.lanes
     choice = Choice(fastest.engine, lanes, tuple(rows))
     if path is not None:
-        _write(path, {"engine": choice.engine, "lanes": choice.lanes, "table": [asdict(r) for r in rows], **stamp})
+        plain = {"engine": choice.engine, "lanes": choice.lanes, "table": [asdict(r) for r in rows], **stamp}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(plain).encode())
     return choice
 
 
@@ -209,10 +216,3 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} x{os.cpu_count()}"
-
-
-def _write(path: Path, plain: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(plain, file)
-    os.replace(file.name, path)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lanes.engine import Chunk, Engine, Evaluation, Inspection
+from lanes.engine import Chunk, Engine, Evaluation, Inspection, tree_map
 from lanes.job import Job, Report, SeedReport
 from trainables.family import Family, State
 
@@ -61,6 +61,7 @@ class Run:
     device_seconds: float = 0.0
     lanes: int = 0
     state: State | None = None
+    accepted: int = 0  # epochs up to which its reports were accepted before it went back to a checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Stack:
         self._clock = clock
         self._make_engine = make_engine
         self._engine: Engine | None = None
+        self._engine_name = ""
         self._max_lanes = 0
         self._runs: dict[str, list[Run]] = {}  # token -> its runs
         self._told: set[str] = set()  # tokens that were told of a report and have not said `proceed`
@@ -119,6 +121,7 @@ class Stack:
         self._landed = False  # a flight was taken down between two ticks: there may be reports to make
         self._half_empty_since: float | None = None
         self._step_seconds = 0.0
+        self.most: int | None = None  # lanes that fit into memory, once it has run out
         self._last_checkpoint = clock()
         self._directed = [name for name, metric in family.metrics.items() if metric.mode != "none"]
 
@@ -136,19 +139,7 @@ class Stack:
         runs = []
         for seed, key in job.runs.items():
             run = Run(key, seed, job)
-            found = self.checkpoints.load(key)
-            if found is None and seed in job.parent:
-                donor, epoch = job.parent[seed]
-                found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
-                if found is None:
-                    raise RuntimeError(f"run {key} should continue from run {donor}, which has no checkpoint")
-                found[1]["device_seconds"] = 0.0  # the donor's training is the donor's cost
-            if found is not None:
-                run.state, extra = found
-                run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
-                run.sums = dict(extra["sums"])
-                run.step = int(extra["step"])
-                run.device_seconds = float(extra["device_seconds"])
+            self._restore(run)
             runs.append(run)
         self._runs[job.token] = runs
         for run in runs:
@@ -157,24 +148,44 @@ class Stack:
             else:
                 self._waiting.append(run)
 
+    def _restore(self, run: Run) -> None:
+        """Put a run to where its newest checkpoint, or its parent's, is; to its start where there is none."""
+        found = self.checkpoints.load(run.key)
+        if found is None and run.seed in run.job.parent:
+            donor, epoch = run.job.parent[run.seed]
+            found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
+            if found is None:
+                raise RuntimeError(f"run {run.key} should continue from run {donor}, which has no checkpoint")
+            found[1]["device_seconds"] = 0.0  # the donor's training is the donor's cost
+        start: dict[str, Any] = {"epochs": {}, "sums": {}, "step": 0}
+        run.state, extra = found if found is not None else (None, start)
+        run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
+        run.sums = dict(extra["sums"])
+        run.step = int(extra["step"])
+        run.device_seconds = max(run.device_seconds, float(extra.get("device_seconds", 0.0)))
+
     def proceed(self, token: str) -> None:
         """A report was accepted: the config's parked runs want slots again."""
         self._told.discard(token)
         for run in self._runs.get(token, ()):
             if run.status == "parked":
                 run.status = "waiting"
+                run.accepted = run.step // self.schedule.steps_per_epoch
                 self._waiting.append(run)
 
     def release(self, token: str) -> None:
         """Let a config go, at once. Unknown tokens (released before) are fine."""
         self._told.discard(token)
         self._land()
+        lanes = []
         for run in self._runs.pop(token, ()):
             lane = _lane_key(run)
             if self._training.pop(lane, None):
-                self._need_engine().remove([lane])
+                lanes.append(lane)
             if run in self._waiting:
                 self._waiting.remove(run)
+        if lanes:
+            self._need_engine().remove(lanes)
 
     def save(self, token: str) -> None:
         """Checkpoint a config's runs now."""
@@ -211,11 +222,64 @@ class Stack:
         self.recorder.flush(force=bool(reports))
         return reports
 
+    def save_all(self) -> None:
+        """Checkpoint every run that trains or is parked, now."""
+        self._land()
+        self.recorder.flush(force=True)
+        for runs in self._runs.values():
+            for run in runs:
+                if run.status in ("training", "parked"):
+                    self._checkpoint(run)
+
+    # --- memory ---
+
+    @property
+    def crowd(self) -> int:
+        """Lanes that may be in memory together: fewer is a way out of a lack of it while this is above 1."""
+        return max(len(self._training), min(self._max_lanes or self.lanes, self.lanes))
+
+    @property
+    def in_memory(self) -> int:
+        """Lanes on the device now."""
+        return len(self._training)
+
+    def shrink(self) -> None:
+        """Memory ran out: the engine goes, with all it holds, and half as many lanes as before are let in again.
+
+        What an interrupted step left of its states is not trusted: runs that trained go back to their newest
+        checkpoint (`lanes.records.OnceRecorder` keeps rows single), and no report is made twice.
+        """
+        self.most = self._max_lanes = max(1, self.crowd // 2)
+        self._engine, self._step_seconds = None, 0.0
+        self._flight, self._half_empty_since = None, None
+        self._training.clear()
+        everyone = [run for runs in self._runs.values() for run in runs]
+        trained = [run for run in everyone if run.status == "training"]
+        for run in trained:
+            self._restore(run)
+            run.status = "waiting"
+        self._waiting = trained + self._waiting
+        for run in everyone:
+            if run.state is not None:
+                run.state = tree_map(lambda tensor: tensor.cpu(), run.state)
+
+    def rest(self) -> None:
+        """Let the engine go while nothing trains; it is made again when there is work."""
+        if not self._training:
+            self._engine = None
+
+    def out_of_memory(self) -> str:
+        """The token of a config for which there is no memory even alone: the one that trains, or is next; or ""."""
+        run = next(iter([*self._training.values(), *self._waiting]), None)
+        return run.job.token if run else ""
+
     # --- within a tick ---
 
     def _need_engine(self) -> Engine:
         if self._engine is None:
             self._engine, self._max_lanes = self._make_engine()
+            self._max_lanes = min(self._max_lanes, self.most or self._max_lanes)
+            self._engine_name = self._engine.name
         return self._engine
 
     def _admit(self) -> None:
@@ -227,9 +291,10 @@ class Stack:
         if self._training and engine.until_epoch_end() != self.schedule.steps_per_epoch:
             return
         while self._waiting and len(self._training) < self._max_lanes:
-            run = self._waiting.pop(0)
+            run = self._waiting[0]
             _, hyper = self.family.build(run.job.values)
             engine.insert(_lane_key(run), hyper, run.seed, run.state)
+            del self._waiting[0]
             run.state = None
             run.status = "training"
             self._training[_lane_key(run)] = run
@@ -359,7 +424,8 @@ class Stack:
             engine.remove(leaving)
 
     def _at_report(self, run: Run) -> bool:
-        return run.step // self.schedule.steps_per_epoch in run.job.reports
+        epoch = run.step // self.schedule.steps_per_epoch
+        return epoch > run.accepted and epoch in run.job.reports
 
     def _park_or_wait(self, run: Run) -> None:
         """Where a run stands after a whole epoch: at its end, at a report, or on its way."""
@@ -408,9 +474,9 @@ class Stack:
             seeds[run.seed] = SeedReport(run.key, status, run.step // per_epoch, run.step, values, run.device_seconds)
         going = [seed.epoch for seed in seeds.values() if seed.status != "diverged"]
         epoch = max(going) if going else max(seed.epoch for seed in seeds.values())
-        engine = self._need_engine()
         done = all(seed.status != "training" for seed in seeds.values())
-        return Report(token, epoch, done, seeds, engine.name, max(run.lanes for run in runs))
+        engine = self._engine_name or self._need_engine().name
+        return Report(token, epoch, done, seeds, engine, max(run.lanes for run in runs))
 
 
 def _lane_key(run: Run) -> str:

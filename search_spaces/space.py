@@ -133,6 +133,18 @@ class Space:
     def active(self, point: Mapping[str, Any]) -> list[Axis]:
         return [axis for axis in self.axes if self.is_active(axis, point)]
 
+    def corners(self) -> Iterator[Point]:
+        """Points at which every value that an axis lists, and both ends of every range, is met once, the other axes
+        at their first: what contradicts itself does so here."""
+        first = {axis.name: 0.0 for axis in self.axes}
+        yield self.at(first)
+        for axis in self.axes:
+            count = 2 if isinstance(axis, Range) else len(axis.values)
+            last = math.nextafter(1.0, 0.0)
+            for number in range(1, count):
+                fraction = last if isinstance(axis, Range) else (number + 0.5) / count
+                yield self.at({**first, axis.name: fraction})
+
     def grid(self) -> Iterator[Point]:
         """Every point, first axis slowest, exactly as nested loops over the notebook's lists would visit them."""
         for axis in self.axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,19 @@ def undisturbed(tmp_path_factory):
     from tests.toy_sweeps import UNDISTURBED, sweep
 
     return sweep(tmp_path_factory.mktemp("undisturbed"), "whole", *UNDISTURBED)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB, and what to do with it."""
+    if os.geteuid():
+        pytest.skip("not root: a small file system cannot be mounted")
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"this container forbids mounts: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False)

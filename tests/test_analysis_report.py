@@ -391,3 +391,11 @@ def test_ten_thousand_runs_are_summarised_without_their_curves(tmp_path):
     table = summarise(sweep, scores(sweep))
     assert len(table) == 5000
     assert json.loads(json.dumps(table["n"].tolist())) == [2] * 5000
+
+
+def test_a_report_that_waits_is_written_when_told_and_not_without(tmp_path):
+    write_sweep(tmp_path, lr_arms(), seeds=2, epochs=3)
+    command = [sys.executable, "-m", "analysis", "report", "demo", "--storage", str(tmp_path), "--tracking-uri", "none"]
+    for told, written in (("", False), ("\n", True)):  # whoever starts it may be gone before the sweep is over
+        done = subprocess.run([*command, "--when-told"], input=told, text=True, capture_output=True, check=True)
+        assert (tmp_path / "demo" / "report" / "index.html").exists() == written == bool(done.stdout), done.stderr

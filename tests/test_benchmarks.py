@@ -156,6 +156,7 @@ def test_report_compares_with_the_best_sharing_arm_and_takes_the_newest_line(tmp
                     "lanes": 8,
                     "trial_steps_per_s": 10_000.0,
                     "with_evaluation": 9_000.0,
+                    "in_stack": 8_000.0,
                     "setup_s": 30.0,
                     "peak_GiB": 1.0,
                 }
@@ -169,7 +170,7 @@ def test_report_compares_with_the_best_sharing_arm_and_takes_the_newest_line(tmp
     assert "| lanewise | 10 | 4/4 | 100 | 300.0 |  | 30.0 | 10.0 |" in text
     assert "| tune 16 | failed: it broke |" in text
     assert "Floor: 10.0 µs by operations, 20.0 µs by bytes (1.0 µs" in text
-    assert "| stacked, compiled | 8 | 10,000 | 9,000 | 10.0% | 20.0% |" in text
+    assert "| stacked, compiled | 8 | 10,000 | 9,000 | 8,000 | 10.0% | 20.0% |" in text
     assert out.with_suffix(".png").stat().st_size > 1000
 
 

@@ -16,6 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from trainables.family import BadValue
 from tuning.remote import read_cluster
+from tuning.storage import open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "cluster.yaml", *sorted((ROOT / "clusters").glob("*.yaml"))]
@@ -122,9 +123,10 @@ def test_what_is_shipped_is_the_code_and_nothing_large_or_secret(path):
     assert config["rsync_filter"] == [".gitignore"]
 
 
-@each_file
-def test_the_shared_folder_is_found_in_it(path):
-    assert read_cluster(path).storage in ("/mnt/lab/sweeps", "/mnt/shared/sweeps")
+def test_the_shared_storage_is_found_in_it():
+    found = [read_cluster(path).storage for path in FILES]
+    assert found == ["/mnt/lab/sweeps", "s3://YOUR-BUCKET/sweeps", "gs://YOUR-BUCKET/sweeps"]
+    assert [type(open_storage(storage)).__name__ for storage in found] == ["Folder", "Bucket", "Bucket"]
 
 
 @each_file

@@ -80,7 +80,7 @@ MISTAKES = {
     "space-bad-end": (["grid", "--space", "lr=low..1"], "should be a number"),
     "space-list": (["grid", "--space", "lr=0.1,x"], "should be a number"),
     "space-arm": (["named", "--space", "run=exp1,exp9"], "no arm 'exp9'"),
-    "space-nan": (["grid", "--space", "lr=nan..1"], "empty range"),
+    "space-nan": (["grid", "--space", "lr=nan..1"], "finite number"),
     "grid-range": (["grid", "--space", "lr=0.1..0.3"], "a grid cannot enumerate the range lr"),
     "random-endless": (["grid", "--space", "lr=0.1..0.3", "--searcher", "random"], "--trials"),
     "seeds": (["grid", "--seeds", "0"], "--seeds 0 should be 1 or more"),

@@ -19,6 +19,7 @@ from tuning.journal import Journal, read
 from tuning.progress import Progress
 from tuning.recorder import Recorder
 from tuning.runs import RunTable
+from tuning.trial import pack
 
 METRICS = {"loss": {"unit": "nats", "mode": "min", "doc": "d"}, "acc": {"unit": "fraction", "mode": "max", "doc": "d"}}
 
@@ -274,7 +275,7 @@ def test_runs_parquet_has_the_documented_columns(tmp_path):
     for event in (proposed(), report("t1", 9, (0.5, 0.6), ("finished", "finished")), end("t1", "finished", 9)):
         table.apply(event)
     table.apply(proposed("t2", "c2", {"0": "r2"}, point={"lr": "auto"}))
-    table.write(tmp_path / "runs.parquet")
+    table.write(tmp_path)
     read_back = pq.read_table(tmp_path / "runs.parquet")
     plain = json.loads(read_back.schema.metadata[b"lanewise"])
     assert (plain["headline"], plain["mode"]) == ("acc", "max")
@@ -304,7 +305,9 @@ def result_of(epoch: int, runs=("r0", "r1"), key="c1") -> dict:
     for seed in seeds.values():
         seed["values"] = {"test_loss": 0.5}
     fields = {"values": {"test_loss": 0.5}, "spread": {}, "per_seed": seeds, "engine": "serial", "lanes": 2}
-    return {**fields, "device": "cpu:0", "done": False, "epoch": epoch, "progress": float(epoch), "config_key": key}
+    return pack(
+        {**fields, "device": "cpu:0", "done": False, "epoch": epoch, "progress": float(epoch), "config_key": key}
+    )
 
 
 def test_a_copy_follows_the_decision_that_made_it_even_in_a_resumed_trial(recorder):
@@ -315,7 +318,7 @@ def test_a_copy_follows_the_decision_that_made_it_even_in_a_resumed_trial(record
     recorder.on_abandon = abandoned.append
     trial = SimpleNamespace(trial_id="t2", last_result=None, config={"config_key": "c1"})
     made = proposed("t2", "c2", {"0": "p0", "1": "p1"}, parent={"0": ["d0", 4], "1": ["d1", 4]})
-    recorder.on_exploit("t2", made)
+    recorder.on_exploit("t2", {**made, "program": json.dumps(made["program"])})
     recorder.on_decision(trial, {}, "NOOP")
     recorder.on_trial_result(0, [], trial, result_of(5))
     events = [event for event, _ in read(recorder.path)]
@@ -329,7 +332,9 @@ def test_a_copy_follows_the_decision_that_made_it_even_in_a_resumed_trial(record
 
 def test_a_trial_that_the_time_budget_ended_has_no_end_yet(recorder):
     recorder.apply(proposed())
-    trial = SimpleNamespace(trial_id="t1", last_result=result_of(3), config={"config_key": "c1"})
+    trial = SimpleNamespace(
+        trial_id="t1", last_result=result_of(3), config={"config_key": "c1"}, metric_n_steps={"epoch": [3]}
+    )
     recorder.on_decision(trial, {}, "CONTINUE")
     recorder.on_trial_result(0, [], trial, result_of(3))
     recorder.on_trial_complete(0, [], trial)
@@ -338,3 +343,33 @@ def test_a_trial_that_the_time_budget_ended_has_no_end_yet(recorder):
     recorder.on_trial_result(0, [], trial, result_of(4))
     recorder.on_trial_complete(0, [], trial)
     assert [event["event"] for event, _ in read(recorder.path)][2:] == ["report", "decision", "end"]
+    assert trial.metric_n_steps == {}, "what Tune keeps of a trial that has ended is let go"
+
+
+def test_what_one_result_brings_reaches_the_disk_together(tmp_path, monkeypatch):
+    waits: list[int] = []
+    monkeypatch.setattr("tuning.journal.os.fsync", waits.append)
+    journal, path = Journal(tmp_path / "journal.jsonl"), tmp_path / "journal.jsonl"
+    journal.write("proposed", trial="t1")
+    assert len(waits) == 1, "before anybody trains it"
+    for kind in ("report", "decision", "end"):
+        journal.write(kind, trial="t1")
+    assert [event["event"] for event, _ in read(path)] == ["proposed", "report", "decision", "end"], "a kill loses none"
+    assert len(waits) == 1
+    journal.settle()
+    journal.settle()
+    assert len(waits) == 2
+    journal.write("report", trial="t2")
+    journal.close()
+    assert len(waits) == 3
+
+
+def test_tune_keeps_of_a_result_only_the_numbers_it_decides_by(recorder):
+    recorder.apply(proposed())
+    trial = SimpleNamespace(trial_id="t1", last_result=None, config={"config_key": "c1"})
+    result = {**result_of(3), "config": {"config_key": "c1"}, "test_loss": 0.5}
+    recorder.on_decision(trial, {}, "CONTINUE")
+    recorder.on_trial_result(0, [], trial, result)
+    assert result == {"test_loss": 0.5, "done": False, "epoch": 3, "progress": 3.0, "config_key": "c1"}
+    told = [event for event, _ in read(recorder.path) if event["event"] == "report"]
+    assert told[0]["per_seed"]["0"]["values"] == {"test_loss": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -189,7 +190,7 @@ def test_a_copy_is_its_donor_s_config_perturbed_and_back_in_range():
     explored = {**donor, "point": {**donor["point"], "lr": 0.09 * 1.2}}
     made = descend(plan, explored, donor, 4, old)
     assert made["point"] == {"width": 8, "lr": 0.1, "noise": 0.001, "explode_at": 1e8}
-    assert made["program"]["width"] == 8
+    assert json.loads(made["program"])["width"] == 8
     assert made["parent"] == {seed: (key, 4) for seed, key in donor["runs"].items()}
     assert made["runs"].keys() == donor["runs"].keys()
     assert not set(made["runs"].values()) & {*donor["runs"].values(), *old["runs"].values()}

@@ -449,6 +449,8 @@ def test_arrays_of_one_memory_mapped_file_are_put_on_the_device_once(host, tmp_p
     first, second = made._put({"x": mapped}), made._put({"x": np.load(tmp_path / "x.npy", mmap_mode="r")})
     assert first["x"] is second["x"]
     assert made._put({"x": np.arange(6.0)})["x"] is not first["x"]
+    assert made._put({"x": mapped[:3]})["x"].tolist() == [0, 1, 2]  # another part of it is another tensor
+    assert made._put({"x": mapped[3:]})["x"].tolist() == [3, 4, 5]
 
 
 # --- the probe ---

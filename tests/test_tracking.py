@@ -8,7 +8,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -20,6 +25,7 @@ from trainables.family import BadValue
 from tuning.journal import Journal
 from tuning.runner import write_sweep_json
 from tuning.searchers import Proposer, make_source
+from tuning.tracking import Tracker
 
 _TAGS = "family sweep algorithm config_key run_key seed stop_reason engine lanes device device_seconds git_commit"
 LISTED = (*_TAGS.split(), "git_dirty")
@@ -127,7 +133,34 @@ def test_the_sweep_run_holds_the_artifacts(undisturbed, uri):
     client = MlflowClient(uri)
     (top,) = tree_of(uri)["sweep"]
     names = {item.path for item in client.list_artifacts(top.info.run_id)}
-    assert {"sweep.json", "runs.parquet", "epochs", "steps"} <= names
+    assert {"sweep.json", "runs.parquet", "epochs", "steps", "report"} <= names
+    report = {item.path for item in client.list_artifacts(top.info.run_id, "report")}
+    files = [*(undisturbed.folder / "report").iterdir(), undisturbed.folder / "journal.md"]
+    assert {f"report/{path.name}" for path in files} == report
+
+
+def test_a_follower_delivers_at_a_word_and_ends_when_its_driver_hangs_up(undisturbed, tmp_path):
+    """The driver tells it that the search is over, writes the report meanwhile, and closes the pipe."""
+    shutil.copytree(undisturbed.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("tracking.json", "report"))
+    plain = json.loads((tmp_path / "copy" / "sweep.json").read_text())
+    own = {"name": "copy", "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    (tmp_path / "copy" / "sweep.json").write_text(json.dumps(plain | own))
+    command = [sys.executable, "-m", "tuning.sync", "copy", "--storage", str(tmp_path), "--follow", str(os.getpid())]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as sync:
+        assert sync.stdin is not None
+        sync.stdin.write(b"\n")
+        sync.stdin.flush()
+        while not (tmp_path / "copy" / "tracking.json").is_file():
+            assert sync.poll() is None
+        (tmp_path / "copy" / "report").mkdir()
+        (tmp_path / "copy" / "report" / "index.html").write_text("late")
+        sync.stdin.close()
+        assert sync.wait() == 0
+    (top,) = tree_of(own["tracking_uri"])["sweep"]
+    client = MlflowClient(own["tracking_uri"])
+    assert [item.path for item in client.list_artifacts(top.info.run_id, "report")] == ["report/index.html", "report/journal.md"]
 
 
 def test_delivering_again_changes_nothing_even_if_the_place_is_forgotten(undisturbed, uri):
@@ -181,6 +214,94 @@ def test_a_config_proposed_again_is_one_config_with_more_runs(tmp_path):
     tree = tree_of(plan.tracking_uri)
     assert {kind: len(runs) for kind, runs in tree.items()} == {"sweep": 1, "config": 2, "run": 7}
     assert {run.data.params["lr"] for run in tree["config"]} == {"0.1", "0.2"}
+
+
+# --- what a kill leaves behind ---
+
+
+def undelivered(undisturbed, folder) -> Path:
+    """A copy of the sweep that MLflow has heard nothing of."""
+    shutil.copytree(undisturbed.folder, folder, ignore=shutil.ignore_patterns("ray", "report"))
+    (folder / "tracking.json").unlink()
+    plain = json.loads((folder / "sweep.json").read_text())
+    there = f"sqlite:///{folder.parent / 'mlflow.db'}"
+    (folder / "sweep.json").write_text(json.dumps({**plain, "tracking_uri": there}))
+    return folder
+
+
+def points(uri: str) -> list[list[tuple]]:
+    client = MlflowClient(uri)
+    return sorted(
+        sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, "test_loss"))
+        for run in tree_of(uri)["run"]
+    )
+
+
+def test_part_files_of_two_hosts_are_read_in_the_order_of_recording(undisturbed, uri, tmp_path):
+    """A host that replaced another may have the lower process id, so that its later epochs sort before."""
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    parts = sorted((folder / "epochs").glob("*.parquet"))
+    rows = pa.concat_tables([pq.read_table(path) for path in parts])
+    for path in parts:
+        path.unlink()
+    late = pc.greater(rows["epoch"], 1)
+    pq.write_table(rows.filter(pc.invert(late)), folder / "epochs" / "session-cpu0-200-000001.parquet")
+    pq.write_table(rows.filter(late), folder / "epochs" / "session-cpu0-150-000001.parquet")
+    tuning.sync.deliver(folder)
+    assert points(f"sqlite:///{tmp_path / 'mlflow.db'}") == points(uri)
+
+
+def test_a_second_run_that_a_slow_server_made_goes(undisturbed, tmp_path):
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    tuning.sync.deliver(folder)
+    there = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    before, client = tree_of(there), MlflowClient(there)
+    for kind in ("sweep", "config", "run"):
+        first = before[kind][0]
+        client.create_run(first.info.experiment_id, tags=dict(first.data.tags))
+    client.update_run(before["run"][1].info.run_id, status="RUNNING")  # an old request, served after the last one
+    tuning.sync.deliver(folder)
+    after = tree_of(there)
+    for kind, runs in before.items():
+        assert {run.info.run_id for run in after[kind]} == {run.info.run_id for run in runs}
+        assert {run.info.status for run in after[kind]} == {"FINISHED"}
+
+
+def test_a_recorder_that_died_before_its_first_batch_loses_no_params(undisturbed, tmp_path, monkeypatch):
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Tracker(folder).deliver()
+    tuning.sync.deliver(folder)
+    (top,) = tree_of(f"sqlite:///{tmp_path / 'mlflow.db'}")["sweep"]
+    assert top.data.params["searcher"] == "grid"
+
+
+def test_points_sent_but_not_noted_are_sent_again_as_they_were(undisturbed, tmp_path, monkeypatch):
+    """Killed after the server took a batch; meanwhile the same epochs were trained again, at another time."""
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Tracker(folder).deliver()
+    for path in sorted((folder / "epochs").glob("*.parquet")):
+        table = pq.read_table(path)
+        earlier = pc.subtract(table["time"], pa.scalar(timedelta(hours=1)))
+        again = table.set_column(
+            table.schema.get_field_index("time"), "time", earlier.cast(table.schema.field("time").type)
+        )
+        pq.write_table(again, path.with_name(f"0-{path.name}"))
+    tuning.sync.deliver(folder)
+    for curve in points(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        assert len({step for step, _ in curve}) == len(curve)
+
+
+def test_no_request_is_repeated_by_the_client(undisturbed, monkeypatch):
+    """MLflow's own client repeats requests that make runs; a server that only was slow makes two of each."""
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    Tracker(undisturbed.folder)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
 
 def test_a_sweep_that_does_not_exist_is_one_line(tmp_path):

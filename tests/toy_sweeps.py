@@ -10,9 +10,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -47,7 +48,7 @@ class Swept:
     def table(self, kind: str) -> pd.DataFrame:
         """epochs or steps, the last of rows written twice, as docs/storage.md says."""
         by = ["run_key", {"steps": "step", "epochs": "epoch"}[kind]]
-        rows = pd.concat([pq.read_table(path).to_pandas() for path in sorted((self.folder / kind).iterdir())])
+        rows = pd.concat([pq.read_table(path).to_pandas() for path in sorted((self.folder / kind).glob("*.parquet"))])
         return rows.drop_duplicates(by, keep="last").sort_values(by).reset_index(drop=True)
 
     @property
@@ -58,8 +59,15 @@ class Swept:
 class Process:
     """A tune command in the background, everything it starts marked by its environment."""
 
-    def __init__(self, storage: Path, name: str, *arguments: str, module: str = "tests.toys.tune_toy"):
-        self.folder = storage / name
+    def __init__(
+        self,
+        storage: Path | str,
+        name: str,
+        *arguments: str,
+        module: str = "tests.toys.tune_toy",
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.storage, self.name, self.folder = storage, name, Path(storage) / name
         self._mark = uuid.uuid4().hex
         self._ray = tempfile.mkdtemp(prefix="lw")  # short: Ray's sockets live below it
         named = () if "--resume" in arguments else ("--name", name)
@@ -70,7 +78,7 @@ class Process:
             text=True,
             cwd=ROOT,
             start_new_session=True,
-            env={**os.environ, "LANEWISE_TEST_MARK": self._mark, "LANEWISE_RAY_TEMP": self._ray},
+            env={**os.environ, "LANEWISE_TEST_MARK": self._mark, "LANEWISE_RAY_TEMP": self._ray, **environment},
         )
 
     def wait(self, seconds: float = 240) -> Swept:
@@ -80,10 +88,14 @@ class Process:
     def when(self, reached: Callable[[list[Event]], bool], seconds: float = 240) -> None:
         """Return as soon as the journal has `reached` that."""
         deadline = time.monotonic() + seconds
-        while not reached([event for event, _ in read(self.folder / "journal.jsonl")]):
+        while not reached(self.events()):
             assert self._process.poll() is None, self._process.communicate()
             assert time.monotonic() < deadline, "the journal never got there"
             time.sleep(0.02)
+
+    def events(self) -> list[Event]:
+        """The journal so far."""
+        return [event for event, _ in read(self.folder / "journal.jsonl")]
 
     def kill(self) -> None:
         """SIGKILL the driver alone."""
@@ -95,7 +107,20 @@ class Process:
 
     def kill_one(self, title: str) -> None:
         """SIGKILL one of the processes it started, by the beginning of its title."""
-        os.kill(next(pid for pid, line in self._alive() if line.startswith(title)), signal.SIGKILL)
+        os.kill(self.pids(title)[0], signal.SIGKILL)
+
+    def pids(self, title: str = "", program: str = "") -> list[int]:
+        """Processes it started, itself among them: with `title` in their command lines, of a program of that name."""
+        found = ((pid, line) for pid, line in self._alive() if title in line)
+        return sorted(pid for pid, line in found if line.split(" ")[0].endswith(program))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
 
     def left(self, seconds: float = 60) -> list[str]:
         """Command lines of what it started and is still there after it had time to go. Not counted are the two agents

@@ -10,6 +10,9 @@ or compiled. That works only if every function keeps these rules:
 * per-lane numbers arrive in `hyper` as 0-d tensors; what changes shapes or code stands in `program`.
 
 A family is a package `trainables/<name>/` that exports `FAMILY`. Nothing else has to be edited to add one.
+
+This module does not import torch, and a family's package need not either (`Late`): the command line, the driver and the
+processes that only keep records read what a family is, and never train.
 """
 
 from __future__ import annotations
@@ -21,19 +24,21 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 State = dict[str, Any]
 """Nested dict of tensors. Always holds `seed` and `step` (0-d int32) at its top level."""
 
-Hypers = Mapping[str, Tensor]
+Hypers: TypeAlias = "Mapping[str, Tensor]"
 """Field name of the family's Hyper -> 0-d tensor in the program's dtype."""
 
-Arrays = Mapping[str, Tensor]
+Arrays: TypeAlias = "Mapping[str, Tensor]"
 """Name -> tensor resident on the device, shared by all lanes of a program."""
 
 Batch = Any
@@ -109,8 +114,29 @@ def accept(program: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Late:
+    """A function of a family, named instead of imported: `Late("trainables.ci_vit.learning", "step")`.
+
+    Its module is imported when the family is first asked for it, so that whoever only reads what a family is does not
+    pay for torch.
+    """
+
+    module: str
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """So that a type checker takes it for the function; the family hands out the function itself."""
+        return self.found()(*args)
+
+    def found(self) -> Callable:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: eleven pure functions and what there is to know about them.
+
+    A function may be given as `Late`; reading the attribute gives the function.
 
     Shapes below: S = steps_per_epoch, T = number of test batches, `...` = the family's own.
 
@@ -159,12 +185,28 @@ class Family:
     step: Callable[[Any, State, Hypers, Batch], tuple[State, dict[str, Tensor]]]
     test_order: Callable[[Any, Arrays, int, int], dict[str, Tensor]]
     evaluate: Callable[[Any, State, Hypers, Batch], dict[str, Tensor]]
-    inspect: Callable[[Any, State, Hypers], dict[str, Tensor]] = no_covariates
-    summarize: Callable[[Any, Mapping[str, np.ndarray]], dict[str, float]] = last_values
-    validate: Callable[[Any], None] = accept
+    # defaults from factories: a class attribute would be found where a late function has not been imported yet
+    inspect: Callable[[Any, State, Hypers], dict[str, Tensor]] = field(default_factory=lambda: no_covariates)
+    summarize: Callable[[Any, Mapping[str, np.ndarray]], dict[str, float]] = field(default_factory=lambda: last_values)
+    validate: Callable[[Any], None] = field(default_factory=lambda: accept)
     covariates: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Mapping[str, Case] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        late = {name: value for name, value in vars(self).items() if isinstance(value, Late)}
+        for name in late:
+            object.__delattr__(self, name)
+        object.__setattr__(self, "_late", late)
+
+    def __getattr__(self, name: str) -> Any:
+        """Import a late function, once; from then on it is a plain attribute (the compiler sees nothing else)."""
+        late = self.__dict__.get("_late", {})
+        if name not in late:
+            raise AttributeError(f"a family has no {name}")
+        function = late[name].found()
+        object.__setattr__(self, name, function)
+        return function
 
     @property
     def program_fields(self) -> dict[str, dataclasses.Field]:
@@ -182,22 +224,27 @@ class Family:
                 raise BadValue(f"{self.name} has no field '{name}'; it has: {', '.join(sorted(known))}")
         program = self.Program(**_typed(self.Program, {k: v for k, v in values.items() if k in self.program_fields}))
         hyper = self.Hyper(**_typed(self.Hyper, {k: v for k, v in values.items() if k in self.hyper_fields}))
-        if program.precision not in DTYPES:
-            raise BadValue(f"precision '{program.precision}' is not one of {', '.join(DTYPES)}")
+        if program.precision not in PRECISIONS:
+            raise BadValue(f"precision '{program.precision}' is not one of {', '.join(PRECISIONS)}")
         self.validate(program)
         return program, hyper
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
-"""Precision -> dtype of parameters and moments; bf16 keeps float32 master weights and autocasts the forward pass."""
+PRECISIONS = {"float32": "float32", "float64": "float64", "bf16": "float32"}
+"""Precision -> name of the dtype of parameters and moments; bf16 keeps float32 master weights and autocasts the forward
+pass."""
 
 
 def dtype_of(program: Any) -> torch.dtype:
-    return DTYPES[program.precision]
+    import torch
+
+    return getattr(torch, PRECISIONS[program.precision])
 
 
 def hyper_tensors(program: Any, hyper: Any, device: torch.device | str) -> dict[str, Tensor]:
     """One lane's hypers as 0-d tensors in the program's dtype."""
+    import torch
+
     dtype = dtype_of(program)
     return {f.name: torch.tensor(getattr(hyper, f.name), dtype=dtype, device=device) for f in dataclasses.fields(hyper)}
 

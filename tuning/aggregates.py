@@ -22,6 +22,17 @@ def summary(row: Row) -> dict[str, float | None]:
     }
 
 
+def cost_tags(row: Mapping[str, Any], reason: str) -> Iterable[tuple[str, str]]:
+    """How a run ended, what it ran on and what it cost."""
+    return [
+        ("stop_reason", reason),
+        ("engine", str(row.get("engine", ""))),
+        ("lanes", str(row.get("lanes", ""))),
+        ("device", str(row.get("device", ""))),
+        ("device_seconds", f"{row['device_seconds']:.3f}"),
+    ]
+
+
 def config_values(rows: Sequence[Row], costs: Iterable[str] = ()) -> Values:
     """Mean, spread and number of seeds of what a config's runs ended with: those it was chosen by, and, as `confirm/`,
     those on fresh seeds.

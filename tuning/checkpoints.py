@@ -1,7 +1,8 @@
 """Checkpoints of runs: safetensors for the state, JSON for what goes with it; nothing in them can execute.
 
 `<folder>/<run_key>/<step>.safetensors` and `<step>.json` (schema version, SHA-256 of the tensors file, the run's curves
-so far). The JSON is written last and names the checksum, so that a pair is whole or does not count. Two pairs are kept.
+so far, SHA-256 of all that). The JSON is written last and names the checksums, so that a pair is whole or does not
+count. Two pairs are kept.
 """
 
 from __future__ import annotations
@@ -9,32 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-import torch
+if TYPE_CHECKING:
+    import torch
 
-SCHEMA_VERSION = 1
+from tuning.storage import StorageError, Store, as_store
+
+SCHEMA_VERSION = 2
+UNCHECKED = 1
+"""The version before: its JSON had no checksum of its own."""
 KEPT = 2
 SEPARATOR = "::"
 log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints of a sweep's runs, under one folder shared by all hosts."""
+    """The checkpoints of a sweep's runs, in one place shared by all hosts."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, place: Store | Path):
+        self._store = as_store(place)
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
-        folder = self._folder / run_key
-        folder.mkdir(parents=True, exist_ok=True)
+        import safetensors.torch  # the driver, which only discards, goes without torch
+
         tensors = {name: tensor.contiguous().cpu() for name, tensor in flatten(state)}
         data = safetensors.torch.save(tensors)
         plain = {
@@ -43,42 +45,64 @@ class CheckpointStore:
             "sha256": hashlib.sha256(data).hexdigest(),
             "extra": dict(extra),
         }
-        _write(folder / f"{step:012d}.safetensors", data)
-        _write(folder / f"{step:012d}.json", json.dumps(plain).encode())
-        for old in self._steps(folder)[:-KEPT]:
-            (folder / f"{old:012d}.json").unlink(missing_ok=True)
-            (folder / f"{old:012d}.safetensors").unlink(missing_ok=True)
+        plain["check"] = _checksum(plain)
+        self._store.write(f"{run_key}/{step:012d}.safetensors", data)
+        self._store.write(f"{run_key}/{step:012d}.json", json.dumps(plain).encode())
+        for old in self._steps(run_key)[:-KEPT]:
+            self._store.remove(f"{run_key}/{old:012d}.json")
+            self._store.remove(f"{run_key}/{old:012d}.safetensors")
 
     def load(self, run_key: str, at_most: int | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """(state, extra) of the newest whole checkpoint, or None. A torn one is passed over, with a warning.
 
         at_most: prefer the newest that is not past this step.
         """
-        folder = self._folder / run_key
-        steps = self._steps(folder)
+        import safetensors
+
+        steps = self._steps(run_key)
         if at_most is not None:
             steps.sort(key=lambda step: step if step <= at_most else -step)
         for step in reversed(steps):
-            path = folder / f"{step:012d}.json"
+            name = f"{run_key}/{step:012d}"
             try:
-                plain = json.loads(path.read_text())
-                if plain["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema version {plain['schema_version']}, this is {SCHEMA_VERSION}")
-                data = path.with_suffix(".safetensors").read_bytes()
-                if hashlib.sha256(data).hexdigest() != plain["sha256"]:
-                    raise ValueError("the tensors do not match their checksum")
-                return unflatten(safetensors.torch.load(data)), plain["extra"]
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                log.warning("checkpoint %s is unusable (%s): falling back to the one before", path, error)
+                return self._read(name)
+            except StorageError:
+                raise  # it is there, but cannot be had now
+            except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+                why = " ".join(str(error).split())
+                log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, why)
         return None
 
     def discard(self, run_key: str) -> None:
         """Remove a run's checkpoints."""
-        shutil.rmtree(self._folder / run_key, ignore_errors=True)
+        self._store.clear(run_key)
 
-    @staticmethod
-    def _steps(folder: Path) -> list[int]:
-        return sorted(int(path.stem) for path in folder.glob("[0-9]*.json"))
+    def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(state, extra) of a pair. Raises ValueError, or what reading raises, where it is damaged."""
+        import safetensors.torch
+
+        plain = json.loads(self._store.read(f"{name}.json"))
+        if not isinstance(plain, dict):
+            raise ValueError("its JSON is not what a checkpoint holds")
+        version = plain.get("schema_version")
+        if type(version) is not int or version not in (UNCHECKED, SCHEMA_VERSION):
+            raise ValueError(f"schema version {version}, this is {SCHEMA_VERSION}")
+        if version != UNCHECKED and plain.pop("check", None) != _checksum(plain):
+            raise ValueError("its JSON does not match its checksum")
+        data = self._store.read(f"{name}.safetensors")
+        if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
+            raise ValueError("the tensors do not match their checksum")
+        if not isinstance(plain.get("extra"), dict):
+            raise ValueError("its JSON is not what a checkpoint holds")
+        return unflatten(safetensors.torch.load(data)), plain["extra"]
+
+    def _steps(self, run_key: str) -> list[int]:
+        names = [key.rpartition("/")[2] for key in self._store.names(run_key)]
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def _checksum(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,12 +126,3 @@ def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
             inner = inner.setdefault(parent, {})
         inner[name] = tensor
     return state
-
-
-def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

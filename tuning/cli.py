@@ -2,16 +2,15 @@
 
 # no `from __future__ import annotations` here: typer evaluates the annotations below, which close over `sweeps`
 
+import contextlib
 import os
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -19,16 +18,29 @@ from rich.text import Text
 from search_spaces.sweeps import Sweep, Sweeps
 from trainables.family import BadValue, Family, load_family
 from tuning import objectives
+from tuning.exits import run_command
 from tuning.followup import ASKED, ask_again, check
-from tuning.runner import Outcome, check_data, refuse_existing, run, terminal, write_sweep_json
+from tuning.ground import trouble
+from tuning.journal import cut_off
+from tuning.keeping import (
+    bring_here,
+    check_tracking_uri,
+    load_sweep,
+    only_driver,
+    opened,
+    refuse_existing,
+)
+from tuning.locks import held
+from tuning.names import checked_name
+from tuning.runner import Outcome, check_data, run, terminal, write_sweep_json
+from tuning.secrets import redact
 from tuning.shared import check_cluster
-from tuning.sweep import SweepPlan, perturbable
+from tuning.storage import Bucket, cache_dir, here_for
+from tuning.sweep import SweepPlan, driver_folder, perturbable
+from tuning.uris import check_uri
 from tuning.values import parse_axis, parse_field, replace_axis, split
 
-# typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
-ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 NOTHING_LATER: Mapping[str, Any] = dict.fromkeys(ASKED)
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
@@ -37,17 +49,7 @@ def main(sweeps: Sweeps, arguments: list[str] | None = None) -> None:
     app.command(help=f"Search over {sweeps.family}. SWEEP is a named sweep or a notebook's run (see --list).")(
         _command(sweeps)
     )
-    try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
-    except ClickException as error:
-        print(error.format_message().replace("\n", " "), file=sys.stderr)
-        code = 2
-    except typer.Abort:
-        code = 130
-    except BadValue as error:
-        print(str(error), file=sys.stderr)
-        code = 2
-    sys.exit(code or 0)
+    run_command(app, arguments)
 
 
 def _command(sweeps: Sweeps) -> Any:
@@ -118,8 +120,9 @@ def _command(sweeps: Sweeps) -> Any:
         ] = None,
         name: Annotated[str | None, typer.Option(help="name of this sweep [default: SWEEP and the time]")] = None,
         storage: Annotated[
-            Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE", show_envvar=True)
-        ] = Path("sweeps"),
+            str,
+            typer.Option(help="folder of sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE", show_envvar=True),
+        ] = "sweeps",
         tracking_uri: Annotated[
             str | None, typer.Option(help="MLflow server or database [default: sqlite:///STORAGE/mlflow.db]")
         ] = None,
@@ -127,7 +130,15 @@ def _command(sweeps: Sweeps) -> Any:
         resume: Annotated[
             str | None, typer.Option(metavar="NAME", help="continue a sweep that was interrupted")
         ] = None,
+        retry: Annotated[
+            Literal["failed"] | None,
+            typer.Option(help="with --resume: run configs again that crashed, ran out of memory or diverged"),
+        ] = None,
         max_concurrent: Annotated[int, typer.Option(help="configs in flight; 0 fills the devices")] = 0,
+        placement: Annotated[
+            Literal["spread", "packed"],
+            typer.Option(help="spread configs over all devices, or fill one before the next"),
+        ] = "spread",
         time_budget: Annotated[float, typer.Option(help="stop after this many seconds; 0: no limit")] = 0.0,
         quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
     ) -> int:
@@ -142,9 +153,11 @@ def _command(sweeps: Sweeps) -> Any:
             "margin": margin,
         }
         if resume is not None:
-            plan = ask_again(SweepPlan.load(storage / checked_name("--resume", resume)), later)
+            plan = load_sweep(storage, checked_name("--resume", resume))
             plan = replace(plan, address=address or plan.address, max_concurrent=max_concurrent or plan.max_concurrent)
-            return search(plan, quiet, resume=True)
+            return search(plan, quiet, resume=True, retry=retry is not None, later=later)
+        if retry is not None:
+            raise BadValue(f"--retry {retry} needs --resume NAME: which sweep?")
         plan = resolve(
             sweeps,
             sweep,
@@ -166,6 +179,7 @@ def _command(sweeps: Sweeps) -> Any:
             tracking_uri=tracking_uri,
             address=address,
             max_concurrent=max_concurrent,
+            placement=placement,
             time_budget=time_budget,
             later=later,
         )
@@ -175,6 +189,8 @@ def _command(sweeps: Sweeps) -> Any:
             check_data(plan)
             print_plan(plan, terminal())
             return 0
+        if not quiet and name is None:
+            tell_unfinished(plan)
         return search(plan, quiet, resume=False)
 
     return command
@@ -198,11 +214,12 @@ def resolve(
     settings: list[str],
     dimensions: list[str],
     name: str | None,
-    storage: Path,
+    storage: str | Path,
     tracking_uri: str | None,
     address: str,
     max_concurrent: int,
     time_budget: float,
+    placement: str = "spread",
     later: Mapping[str, Any] = NOTHING_LATER,
 ) -> SweepPlan:
     """Flags over the named sweep over the family's defaults. Raises `BadValue`; touches no file.
@@ -219,23 +236,31 @@ def resolve(
     for field, text in fixed.items():
         base[field] = text if field == "preset" else parse_field(family, field, text)
         space = space.without(field)
-    _at_least("--seeds", seeds, 1)
-    _at_least("--trials", trials, 1)
-    _at_least("--max-concurrent", max_concurrent, 0)
-    _at_least("--time-budget", time_budget, 0)
+    _within("--seeds", seeds, 1, 9_999)
+    _within("--trials", trials, 1, 10_000_000)
+    _within("--max-concurrent", max_concurrent, 0, 1_000_000)
+    _within("--time-budget", time_budget, 0, 1e9)
     if not 0 <= seed < 200_000:
         raise BadValue(f"--seed {seed} should be between 0 and 199999")
-    if lanes not in ("auto", "off") and not (lanes.isdigit() and int(lanes) > 0):
+    number = int(lanes) if lanes.isascii() and lanes.isdecimal() and len(lanes) < 7 else 0
+    if lanes not in ("auto", "off") and number < 1:
         raise BadValue(f"--lanes {lanes} should be auto, off, or a number of lanes above 0")
-    if engine == "branched" and not address and not torch.cuda.is_available():
+    if engine == "branched" and not address and not _has_gpu():
         raise BadValue("--engine branched runs on a GPU; on this machine choose auto, serial or stacked")
-    if data_dir is not None and not data_dir.is_dir():
-        raise BadValue(f"--data-dir {data_dir} is not a folder")
-    first, *others = objectives.parse(family, metric or chosen.metric or family.headline)
-    storage = storage.expanduser().resolve()
+    if data_dir is not None and not _is_folder(data_dir):
+        raise BadValue(f"--data-dir {str(data_dir)[:200]!r} is not a folder")
+    wanted = (chosen.metric or family.headline) if metric is None else metric
+    first, *others = objectives.parse(family, wanted)
+    place = opened(storage)
+    if tracking_uri is not None:
+        check_uri(tracking_uri, driver_folder(place))
+        if isinstance(place, Bucket):
+            check_tracking_uri(tracking_uri)
+    if name is None:
+        name = f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
     searcher = searcher or chosen.searcher
     plan = SweepPlan(
-        name=checked_name("--name", name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"),
+        name=checked_name("--name", name),
         family=sweeps.family,
         sweep=chosen.name,
         doc=chosen.doc,
@@ -251,11 +276,13 @@ def resolve(
         covariates=_covariates(covariates, chosen, family),
         engine=engine,
         lanes=lanes,
-        storage=storage,
-        tracking_uri=tracking_uri or f"sqlite:///{storage / 'mlflow.db'}",
+        storage=driver_folder(place),
+        bucket=place.url if isinstance(place, Bucket) else "",
+        tracking_uri=tracking_uri or ("" if isinstance(place, Bucket) else f"sqlite:///{place.path / 'mlflow.db'}"),
         address=address,
         data_dir=data_dir.resolve() if data_dir else None,
         max_concurrent=max_concurrent,
+        placement=placement,
         time_budget=time_budget,
         command=tuple(sys.argv),
         confirm=later["confirm"] or chosen.confirm,
@@ -278,7 +305,8 @@ def resolve(
             f"{', '.join(family.hyper_fields)}"
         )
     check(plan, later)
-    plan.reference  # noqa: B018  # contradictions among the fields are told here
+    for point in space.corners():
+        plan.resolve(point)  # contradictions among the fields are told here
     return plan
 
 
@@ -296,68 +324,134 @@ def _covariates(flag: str | None, chosen: Sweep, family: Family) -> tuple[str, .
     return names
 
 
-def _at_least(flag: str, value: float | None, low: int) -> None:
-    if value is not None and value < low:
+def _within(flag: str, value: float | None, low: int, high: float) -> None:
+    if value is None or low <= value <= high:
+        return
+    if value < low:
         raise BadValue(f"{flag} {value} should be {low} or more")
+    raise BadValue(f"{flag} {value} should be {high:,.0f} or less")
 
 
-def checked_name(flag: str, name: str) -> str:
-    """A name that stays inside the storage folder, or `BadValue`."""
-    if not NAME.fullmatch(name):
-        raise BadValue(
-            f"{flag} {name!r} should be letters, digits, '.', '_' or '-', at most 100, not starting with a dot"
-        )
-    return name
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that a file system could have
+        return False
 
 
-def search(plan: SweepPlan, quiet: bool, resume: bool) -> int:
+def search(
+    plan: SweepPlan, quiet: bool, resume: bool, retry: bool = False, later: Mapping[str, Any] = NOTHING_LATER
+) -> int:
     """Run a plan with everything a person sees. Returns the exit code."""
-    check_data(plan)
     if not resume:
         refuse_existing(plan)
-    if plan.address:
-        check_cluster(plan)
-    if not resume:
-        write_sweep_json(plan, Path(sys.argv[0]).resolve().parent)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            may_write = only_driver(plan, stack)
+            bring_here(plan)
+            plan = ask_again(plan, later)
+            for change in check_resume(plan):
+                if not quiet:
+                    print(f"warning: since this sweep last ran: {change}", file=sys.stderr)
+        data = check_data(plan)
+        if plan.address:
+            check_cluster(plan)
+        if not resume:
+            if plan.bucket:
+                may_write = only_driver(plan, stack)
+            write_sweep_json(plan, Path(sys.argv[0]).resolve().parent, data)
+            if not plan.bucket:  # its lock is in the folder
+                may_write = only_driver(plan, stack)
+        return _run(plan, quiet, resume, retry, may_write)
+
+
+def _run(plan: SweepPlan, quiet: bool, resume: bool, retry: bool, may_write: Callable[[], None]) -> int:
     console = terminal()
+    again = f"continue with: {_resume_command(plan)}"
     try:
-        outcome = run(plan, console, quiet, resume)
+        outcome = run(plan, console, quiet, resume, retry, last_words=f"stopped at once; {again}", may_write=may_write)
     except KeyboardInterrupt:
-        print(f"interrupted; continue with: {_resume_command(plan)}", file=sys.stderr)
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
+        lost = trouble(plan.folder, error).replace(str(plan.folder), str(plan.store))
+        if lost:
+            print(f"the sweep stopped: {lost}; then {again}", file=sys.stderr)
+            return 1
         # Tune's own errors are whole tracebacks; those are in the log
-        why = (str(error).strip().splitlines() or ["no message"])[-1].strip()
+        why = redact((str(error).strip().splitlines() or ["no message"])[-1].strip())
         print(
-            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; continue with: "
-            f"{_resume_command(plan)}",
+            f"the sweep failed ({type(error).__name__}: {why}): see {_shown(plan.folder / 'log.txt')}; {again}",
             file=sys.stderr,
         )
         return 1
     if not quiet:
         print_end(plan, outcome, console)
-    return 130 if outcome.interrupted else 0
+    if outcome.reason == "too many crashes":
+        print(f"the sweep stopped: {outcome.detail}; mend it, then {again} --retry failed", file=sys.stderr)
+        return 1
+    if outcome.reason == "interrupted":
+        print(f"interrupted; {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_resume(plan: SweepPlan) -> list[str]:
+    """What has changed since the sweep last ran; `BadValue` where it cannot go on."""
+    from tuning.continuity import check
+    from tuning.runs import load_plain
+
+    return check(plan, load_plain(plan.folder), cache_dir())
+
+
+def tell_unfinished(plan: SweepPlan) -> None:
+    """A sweep of this script that was cut off may be what the user means: say how it goes on. At most the newest."""
+    newest: tuple[float, str] | None = None
+    if plan.bucket:  # looking would be a request a sweep
+        return
+    for path in plan.storage.glob("*/journal.jsonl"):
+        try:
+            old = SweepPlan.load(path.parent)
+            if (old.family, old.sweep) != (plan.family, plan.sweep) or not cut_off(path):
+                continue
+            with held(path.with_name("driver.lock")):  # it does not run just now
+                changed = path.stat().st_mtime
+        except (BadValue, OSError):
+            continue
+        if newest is None or changed > newest[0]:
+            newest = changed, _resume_command(old)
+    if newest is not None:
+        print(f"a sweep before this was cut off; it continues with: {newest[1]}", file=sys.stderr)
 
 
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     """The three lines: where the report is, how to open MLflow, how to resume."""
     lines = Table.grid(padding=(0, 2))
-    uri = plan.tracking_uri
+    uri = plan.tracking_uri or f"sqlite:///{_read_folder(plan) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
-        opened = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
+        command = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
-        opened = uri
-    lines.add_row("report", _shown(plan.folder / "report" / "index.html"))
-    lines.add_row("MLflow", opened)
-    lines.add_row("resume", _resume_command(plan))
+        command = redact(uri)
+    page = Path(plan.name, "report", "index.html")
+    lines.add_row("report", Text(_shown(_read_folder(plan) / page)))
+    if plan.bucket:
+        lines.add_row("", Text(f"{plan.bucket}/{page}"))
+    lines.add_row("MLflow", Text(command))
+    lines.add_row("resume", Text(_resume_command(plan)))
     console.print()
     console.print(lines, soft_wrap=True)
 
 
+def _read_folder(plan: SweepPlan) -> Path:
+    """The storage, or this machine's copy of it for readers."""
+    return here_for(Bucket(plan.bucket), "read") if plan.bucket else plan.storage
+
+
 def _resume_command(plan: SweepPlan) -> str:
     script = Path(plan.command[0]).name if plan.command else "tune.py"
-    default = Path("sweeps").resolve() == plan.storage
-    return f"python {script} --resume {plan.name}" + ("" if default else f" --storage {_shown(plan.storage)}")
+    if Path("sweeps").resolve() == plan.storage:
+        return f"python {script} --resume {plan.name}"
+    return f"python {script} --resume {plan.name} --storage {plan.bucket or _shown(plan.storage)}"
 
 
 def _shown(path: Path) -> str:
@@ -383,3 +477,9 @@ def print_sweeps(sweeps: Sweeps) -> None:
         mark = " (default)" if sweep.name == sweeps.default else ""
         table.add_row(f"{sweep.name}{mark}", str(sweep.configs or "any"), str(sweep.seeds), f"{steps:,}", Text(what))
     console.print(table)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,6 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tuning.parts import Parts
+from tuning.storage import Store, as_store
 
 SCHEMA_VERSION = 1
 FLUSH_SECONDS = 5.0
@@ -25,34 +27,30 @@ def metadata(sweep: str, family: str, metrics: Mapping[str, Any], **more: Any) -
     return {b"lanewise": json.dumps(plain).encode()}
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write beside, flush to disk, rename: a reader sees the whole file or the one before it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+def parquet(table: pa.Table) -> bytes:
+    """A table as a Parquet file's bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
 
 
 class CurveWriter:
     """Collects rows of steps, epochs and covariates and writes them as part files.
 
     Args:
-        folder: the sweep's folder.
-        writer: a name no other writer of this sweep has or had; part files are `<writer>-<n>.parquet`.
+        place: the sweep's folder.
+        writer: a name no other writer of this sweep has or had; part files are named after it (`tuning.parts`).
         schema_metadata: from `metadata`.
     """
 
-    def __init__(self, folder: Path, writer: str, schema_metadata: Mapping[bytes, bytes]):
-        self._folder = folder
-        self._writer = writer
+    def __init__(self, place: Store | Path, writer: str, schema_metadata: Mapping[bytes, bytes]):
         self._metadata = dict(schema_metadata)
+        store, kinds = as_store(place), ("steps", "epochs", "covariates")
+        self._parts = {kind: Parts(store, kind, writer, parquet) for kind in kinds}
         self._steps: list[tuple[str, int, dict[str, np.ndarray]]] = []
         self._epochs: list[dict[str, Any]] = []
         self._covariates: list[dict[str, Any]] = []
         self._rows = 0
-        self._parts = 0
         self._flushed = time.monotonic()
 
     def steps(self, run_key: str, first_step: int, curves: Mapping[str, np.ndarray]) -> None:
@@ -85,17 +83,13 @@ class CurveWriter:
         due = time.monotonic() - self._flushed > FLUSH_SECONDS or self._rows > FLUSH_ROWS
         if not (force or due) or not self._rows:
             return
-        self._parts += 1
         for kind, table in (
             ("steps", self._steps_table()),
             ("epochs", self._epochs_table()),
             ("covariates", self._covariates_table()),
         ):
             if table is not None:
-                folder = self._folder / kind
-                folder.mkdir(exist_ok=True)
-                table = table.replace_schema_metadata(self._metadata)
-                write_table(table, folder / f"{self._writer}-{self._parts:06d}.parquet")
+                self._parts[kind].add(table.replace_schema_metadata(self._metadata))
         self._steps, self._epochs, self._covariates = [], [], []
         self._rows, self._flushed = 0, time.monotonic()
 

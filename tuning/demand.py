@@ -30,11 +30,9 @@ def await_device(plan: SweepPlan, seconds: float = WAIT_SECONDS) -> None:
     """
     if has_device():
         return
-    from ray.autoscaler.sdk import request_resources
-
     gpus = wanted_gpus(plan)
     print(f"no device yet: asking the cluster for {gpus} GPU{'s' * (gpus > 1)}, waiting for the first", file=sys.stderr)
-    request_resources(bundles=[{"GPU": 1}] * gpus)
+    ask(gpus)
     deadline = time.monotonic() + seconds
     while not has_device():
         if time.monotonic() > deadline:
@@ -53,8 +51,13 @@ def has_device() -> bool:
     return any(resources.get(kind, 0) for kind in ("CPU", "GPU"))
 
 
-def release() -> None:
-    """Ask for nothing any more: idle machines may go."""
+def ask(gpus: int) -> None:
+    """Say how many GPUs the sweep can use, those it has included; machines beyond that may go when they are idle."""
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[])
+    request_resources(bundles=[{"GPU": 1}] * gpus)
+
+
+def release() -> None:
+    """Ask for nothing any more: idle machines may go."""
+    ask(0)

@@ -23,6 +23,7 @@ import typer
 
 from trainables.family import BadValue
 from tuning.remote import ROOT, UNREACHABLE, VENV, Cluster, read_cluster
+from tuning.storage import Bucket, is_url
 
 NEEDED = ("torch", "ray", "optuna", "hyperopt", "mlflow", "numpy", "pandas", "pyarrow", "safetensors")
 OLDEST = (3, 11)
@@ -98,8 +99,11 @@ def examine(cluster: Cluster, uri: str) -> Iterator[Finding]:
     first = _look(cluster, cluster.head, mark, True, uri)
     with ThreadPoolExecutor(16) as pool:
         rest = list(pool.map(lambda address: _look(cluster, address, mark, False, ""), cluster.workers))
-    if cluster.storage:
+    if cluster.storage and not is_url(cluster.storage):
         cluster.run(cluster.head, f"rm -f {shlex.quote(cluster.storage)}/{mark}*")
+    elif cluster.storage:
+        forget = f"from tuning.storage import Bucket; Bucket({cluster.storage!r}, 0.0).remove({mark!r})"
+        cluster.run(cluster.head, f". ~/.lanewise/env.sh; {VENV}/bin/python -c {shlex.quote(forget)}")
     head_facts = first[2]
     for address, findings, facts in (first, *rest):
         yield from findings
@@ -207,6 +211,10 @@ def about_port(place: str, head: str, port: str) -> Finding:
 
 def about_storage(place: str, folder: str, problem: str) -> Finding:
     fix = f"mount one shared folder at {folder} on every machine, writable by this user" if problem else ""
+    if problem.endswith("installed"):
+        fix = "`ray up` installs them"
+    elif problem and is_url(folder):
+        fix = "give this machine the bucket's keys (~/.aws/credentials, or a role), AWS_REGION and AWS_ENDPOINT_URL"
     return Finding(place, "storage", f"{folder} {problem or 'is shared and can be written'}", fix)
 
 
@@ -237,7 +245,10 @@ def _facts_line(out: str) -> str:
 
 
 def _remove(folder: str, mark: str) -> None:
-    if folder:
+    if is_url(folder):
+        with contextlib.suppress(OSError):
+            Bucket(folder, 0.0).remove(mark)
+    elif folder:
         with contextlib.suppress(OSError):  # a folder that could not be written has been told of
             (Path(folder) / mark).unlink()
 

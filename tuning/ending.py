@@ -76,7 +76,7 @@ def confirmed_table(plan: SweepPlan, ended: Ended) -> Table:
         promised = entry["values"][plan.metric]
         sign = 1.0 if plan.objective.mode == "max" else -1.0
         flattery = f"{sign * (promised - mean(runs)):+.4f}" if runs else "-"
-        table.add_row(entry["label"], *cells, str(len(runs)), f"{promised:.4f}", flattery)
+        table.add_row(Text(entry["label"]), *cells, str(len(runs)), f"{promised:.4f}", flattery)
     return table
 
 
@@ -105,7 +105,9 @@ def front_table(plan: SweepPlan, rows: Iterable[Row]) -> Table:
     table = _table()
     _number_columns(table, *plan.objectives)
     for key in keys:
-        table.add_row(labels[key], *(_objective(name, v) for name, v in zip(plan.objectives, points[key], strict=True)))
+        table.add_row(
+            Text(labels[key]), *(_objective(name, v) for name, v in zip(plan.objectives, points[key], strict=True))
+        )
     return table
 
 
@@ -177,7 +179,7 @@ def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, sho
     for average, values, runs in ranked[:shown]:
         reasons = sorted({describe(row) for row in runs})
         table.add_row(
-            runs[0]["label"],
+            Text(runs[0]["label"]),  # what a user wrote is text, brackets and all
             "-" if math.isnan(average) else f"{average:.4f}",
             f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-",
             str(len(runs)),

@@ -47,7 +47,7 @@ def check(plan: SweepPlan, given: Mapping[str, Any]) -> None:
         )
     if plan.confirm and plan.confirm > plan.budget:
         raise BadValue(f"--confirm {plan.confirm} is more configs than the sweep tries ({plan.budget})")
-    if max(plan.seeds, plan.race_seeds) >= CONFIRMING or plan.confirm_seeds >= CONFIRMING:
+    if plan.confirm and max(plan.seeds, plan.race_seeds, plan.confirm_seeds) >= CONFIRMING:
         raise BadValue(
             f"a config can have at most {CONFIRMING - 1} seeds to be chosen by, and as many to be confirmed on"
         )
@@ -118,7 +118,7 @@ class Followup:
 
     def note(self, event: Event) -> None:
         """Follow the journal."""
-        if event["event"] == "proposed" and event["phase"] == "search":
+        if event["event"] == "proposed" and event.get("phase", "search") == "search":
             self._proposals.setdefault(event["config_key"], event)
         elif event["event"] == "race":
             self.look = event

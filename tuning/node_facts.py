@@ -1,7 +1,8 @@
 """What a machine has: run on each by `tuning.doctor`, prints one JSON object. Standard library only, Python from 3.6.
 
-Arguments, one JSON object: packages (names), head ("" or an address whose port 6379 to try), storage ("" or a folder),
-mark (a file's name below it), write (make that file, else look for it), uri ("" or an MLflow server).
+Arguments, one JSON object: packages (names), head ("" or an address whose port 6379 to try), storage ("", a folder, or
+the URL of object storage), mark (a file's name below it), write (make that file, else look for it), uri ("" or an
+MLflow server).
 """
 
 import hashlib
@@ -119,6 +120,8 @@ def storage(folder, mark, write):
     """Empty if all is well, else what is wrong."""
     if not folder:
         return ""
+    if "://" in folder:
+        return bucket(folder, mark, write)
     path = os.path.join(folder, mark)
     try:
         if write:
@@ -138,6 +141,26 @@ def storage(folder, mark, write):
         if not os.path.isdir(folder):
             return "is not there"
         return "does not show what the head wrote" if isinstance(error, FileNotFoundError) else str(error.strerror)
+
+
+def bucket(url, mark, write):
+    """The same for object storage, with the packages of this machine."""
+    try:
+        from tuning.storage import Bucket, StorageError
+    except ImportError:
+        return "cannot be looked at before the packages are installed"
+    place = Bucket(url, patience=0.0)
+    try:
+        place.check()
+        if write:
+            place.write(mark, mark.encode())
+        else:
+            place.read(mark)
+    except FileNotFoundError:
+        return "does not show what the head wrote"
+    except StorageError as error:
+        return str(error).replace(url + " ", "")
+    return ""
 
 
 def mlflow(uri):

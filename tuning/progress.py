@@ -57,6 +57,11 @@ class Progress:
         self._phase = text
         self.draw()
 
+    def say(self, text: str) -> None:
+        """One line above the live one, for good."""
+        if self._console is not None:
+            self._console.print(Text(text), soft_wrap=True)
+
     def apply(self, event: Event) -> None:
         """Follow the journal."""
         trial = event.get("trial", "")
@@ -84,6 +89,8 @@ class Progress:
                 self._best[event["fraction"]] = (value, self._labels.get(trial, ""))
         elif event["event"] == "decision" and event["decision"] == "EXPLOIT":
             self._copying.add(trial)
+        elif event["event"] == "retry":
+            self._ended[event["stop_reason"]] -= 1
         elif event["event"] == "end" and trial in self._copying:
             self._copying.remove(trial)  # PBT: another config goes on in its place
         elif event["event"] == "end":

@@ -7,10 +7,10 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,13 +19,22 @@ from typing import Any
 
 from rich.console import Console
 
-from trainables.family import BadValue
-from tuning.provenance import git, versions
+from trainables.datasets.cache import files_read
+from tuning.continuity import data_facts, facts
+from tuning.delivery import Delivery
+from tuning.ground import StorageFailed
+from tuning.interruptions import Interruptions
+from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
+from tuning.provenance import git
+from tuning.secrets import RedactingFormatter
+from tuning.storage import cache_dir
 from tuning.sweep import SweepPlan
 
 log = logging.getLogger(__name__)
 CPU_LANES = 16
 GPU_LANES = 128
+SAVE_SECONDS = 60.0
+"""How long an interrupted sweep waits for its hosts to checkpoint what they train."""
 TRIAL_CPUS = 0.2
 """Share of a node's processors that all trials together may hold; hosts hold the rest."""
 
@@ -36,30 +45,29 @@ LOST_PROCESSES = 10
 
 @dataclass
 class Outcome:
-    """How a sweep ended, and where its time went (seconds)."""
+    """How a sweep ended, and where its time went (seconds).
+
+    `reason` is what the journal's `finish` says: done, time budget, interrupted, too many crashes.
+    """
 
     ended: dict[str, int]
-    interrupted: bool
+    reason: str
+    detail: str
     results: int
     seconds: dict[str, float]
 
 
-def cache_dir() -> Path:
-    """The node's cache of decoded data and probe results: $LANEWISE_CACHE, or the user's cache folder."""
-    base = os.environ.get("LANEWISE_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if os.environ.get("LANEWISE_CACHE"):
-        return Path(str(base))
-    return Path(base or Path.home() / ".cache") / "lanewise"
-
-
-def check_data(plan: SweepPlan) -> None:
-    """Decode every data set the sweep names, so that a missing or broken file is told before anything is written."""
+def check_data(plan: SweepPlan) -> set[Path]:
+    """Decode every data set the sweep names, so that a missing or broken file is told before anything is written.
+    Returns the files they are made of."""
     seen = set()
-    for point in _some_points(plan):
-        program, _ = plan.loaded.build(plan.values_at(point))
-        if program.data not in seen:
-            seen.add(program.data)
-            plan.loaded.load(program, plan.data_dir, cache_dir())
+    with files_read() as files:
+        for point in _some_points(plan):
+            program, _ = plan.loaded.build(plan.values_at(point))
+            if program.data not in seen:
+                seen.add(program.data)
+                plan.loaded.load(program, plan.data_dir, cache_dir())
+    return {path for path in files if not path.is_relative_to(cache_dir().resolve())}
 
 
 def _some_points(plan: SweepPlan, most: int = 2000) -> Iterator[dict[str, Any]]:
@@ -72,66 +80,91 @@ def _some_points(plan: SweepPlan, most: int = 2000) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def run(plan: SweepPlan, console: Console, quiet: bool, resume: bool) -> Outcome:
-    """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file."""
+def run(
+    plan: SweepPlan,
+    console: Console,
+    quiet: bool,
+    resume: bool,
+    retry: bool = False,
+    last_words: str = "",
+    may_write: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run a plan to its end, or until it is interrupted. Everything but the progress line goes to the log file.
+
+    Args:
+        retry: of a resumed sweep, also configs that failed.
+        last_words: the line for the second Ctrl-C, which ends the process at once.
+        may_write: raises where another driver has taken over (`tuning.keeping.only_driver`).
+    """
     started = time.monotonic()
     seconds: dict[str, float] = {}
-    with _log_file(plan.folder / "log.txt"):
+    with _log_file(plan.folder / "log.txt") as terminal_error, shipped_log(plan):
         from tuning.progress import Progress
 
         progress = Progress(None if quiet else console, plan.budget, plan.metric, plan.objective.mode)
-        with progress:
-            sync = _start_sync(plan)
+        interruptions = Interruptions(partial(_say, terminal_error), last_words)
+        with progress, contextlib.ExitStack() as stack:
+            stack.callback(interruptions.release)
+            delivery = Delivery(plan)
             try:
-                outcome = _search(plan, progress, resume, seconds)
+                outcome = _search(plan, progress, interruptions, resume, retry, seconds, may_write, delivery)
             except Exception:
                 log.exception("the sweep failed")
                 raise
             begun = time.monotonic()
             progress.phase("writing the report")
-            logged = _report(plan)
+            delivery.wait_for_report()
             progress.phase("recording in MLflow")
-            _finish_sync(plan, sync)
-            if not logged:  # MLflow did not know the sweep yet
-                _report(plan)
+            delivery.finish()
             seconds["report and MLflow"] = time.monotonic() - begun
     seconds["whole"] = time.monotonic() - started
     if not quiet:
         from tuning.ending import print_results
 
         print_results(console, plan, outcome[1])
-    (plan.folder / "timing.json").write_text(json.dumps(seconds, indent=1))
-    return Outcome(dict(progress.ended), outcome[0], outcome[2], seconds)
+    plan.store.write("timing.json", json.dumps(seconds, indent=1).encode())
+    return Outcome(dict(progress.ended), *outcome[0], outcome[2], seconds)
 
 
-def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, float]) -> tuple[bool, Any, int]:
-    """The part inside Ray. Returns (interrupted, what it ended with, results the driver took)."""
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
+def _search(
+    plan: SweepPlan,
+    progress: Any,
+    interruptions: Interruptions,
+    resume: bool,
+    retry: bool,
+    seconds: dict[str, float],
+    may_write: Callable[[], None],
+    delivery: Delivery,
+) -> tuple[tuple[str, str], Any, int]:
+    """The part inside Ray. Returns (why it ended, and details), what it ended with, results the driver took."""
     begun = time.monotonic()
     os.environ.update(
         RAY_AIR_NEW_OUTPUT="0",
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         RAY_CHDIR_TO_TRIAL_DIR="0",
+        # Tune writes the state of all trials again and again for a restore that is never used (`tuning.resume`)
+        TUNE_GLOBAL_CHECKPOINT_S="1e9",
+        TUNE_DISABLE_SIGINT_HANDLER="1",  # see `tuning.interruptions`
     )
     if not plan.address:
         # Ray takes 127.0.0.1 for "find my outer address" unless it is told that no other node may join
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
-    from ray import tune
 
-    from lanes.host import HostSettings, Pool, find_slots
-    from tuning.demand import release
-    from tuning.ending import Ended
-    from tuning.followup import ASKED, Followup
-    from tuning.journal import Journal
-    from tuning.recorder import Recorder
-    from tuning.resume import Past, replay
-    from tuning.runs import RunTable
-    from tuning.schedulers import Pbt, make_scheduler
-    from tuning.searchers import Proposer, make_source
-    from tuning.trial import ConfigTrial
+    from lanes.host import HostSettings
+    from lanes.pool import Pool, find_slots
+    from tuning.demand import ask, release, wanted_gpus
 
+    # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
+    threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
     _start_ray(plan)
     seconds["Ray's start"] = time.monotonic() - begun
+    begun = time.monotonic()
     try:
         slots = find_slots()
         gpu = slots[0].kind == "cuda"
@@ -148,6 +181,7 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
         # there are no files of Tune's own loggers: our tables are elsewhere
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         plain = plan.to_plain()
+        journal = open_journal(plan, may_write)
         schedule = plain["schedule"]
         lanes_wanted = -(-concurrent * plan.seeds // len(slots))
         settings = HostSettings(
@@ -162,31 +196,57 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             / len(slots),
             data_dir=plan.data_dir,
             cache_dir=cache_dir(),
-            make_recorder=partial(_make_curve_writer, plan.folder, _curve_metadata(plain), datetime.now(UTC)),
-            make_checkpoints=partial(_make_checkpoint_store, plan.folder),
+            make_recorder=partial(make_curves, plan.store, _curve_metadata(plain), journal.now),
+            make_checkpoints=partial(make_checkpoints, plan.store),
+            make_log=partial(make_log, plan.store),
+            make_formatter=RedactingFormatter,
+            device=os.environ.get("LANEWISE_DEVICE", ""),
         )
         pool = (
             ray.remote(Pool)
             .options(num_cpus=0, scheduling_strategy=_beside_the_driver())
-            .remote(settings, str(plan.folder / "log.txt"), concurrent, 1 - TRIAL_CPUS)
+            .remote(settings, concurrent, 1 - TRIAL_CPUS, plan.placement)
         )
-        if plan.scheduler == "pbt":
-            ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
+        # the hosts start while this process imports what is left
+        from ray import tune
+
+        from tuning.elastic import Elastic
+        from tuning.ending import Ended
+        from tuning.followup import ASKED, Followup
+        from tuning.ramp import Ramp
+        from tuning.recorder import Recorder
+        from tuning.resume import Past, replay
+        from tuning.runs import RunTable
+        from tuning.schedulers import Pbt, make_scheduler
+        from tuning.searchers import Proposer, make_source
+        from tuning.stopping import Stopping
+        from tuning.trial import ConfigTrial
+
         table = RunTable(plain)
         source = make_source(plan)
         scheduler = make_scheduler(plan)
-        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler) if resume else Past()
-        journal = Journal(plan.folder / "journal.jsonl")
+        past = replay(plan, plan.folder / "journal.jsonl", source, scheduler, retry) if resume else Past()
+        if plan.scheduler == "pbt":
+            ray.get(pool.flush.remote())  # type: ignore[attr-defined]  # hosts are up before trials take the rest
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
+        past.events.clear()  # of a long sweep they are many
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
             scheduler.exploited = recorder.on_exploit
-        journal.write("begin", versions=versions(), resumed=resume, **{name: getattr(plan, name) for name in ASKED})
-        followup = Followup(
-            plan, table.rows, lambda kind, **fields: recorder.apply(journal.write(kind, **fields)), past.events
-        )
+        recorder.write("begin", **facts(plan), resumed=resume, **{name: getattr(plan, name) for name in ASKED})
+        for kind, fields in past.unwritten:
+            recorder.write(kind, **fields)
+        recorder.discard_ended()
+        if retry and not past.retried:
+            progress.say("no config crashed, ran out of memory or diverged: there is nothing to retry")
+        followup = Followup(plan, table.rows, recorder.write, past.events)
+        stopping = Stopping(plan.time_budget, plan.budget)
+        stopping.save = lambda: ray.get(pool.save.remote(), timeout=SAVE_SECONDS)  # type: ignore
+        recorder.on_event = stopping.apply
+        recorder.on_storage = partial(stopping.stop, "storage")
+        recorder.on_step = delivery.check
         proposer = Proposer(
             plan,
             source,
@@ -195,10 +255,16 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
             past.proposed,
             past.seeds_used,
             past.unfinished,
-            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces]),
+            on_resume=lambda trial, replaces: scheduler.adopt(trial, past.trials[replaces], past.last.get(replaces)),
             followup=followup if followup.left else None,
         )
         recorder.on_abandon = proposer.abandon
+        if plan.address:
+            if gpu:
+                ask(wanted_gpus(plan))
+            grows = plan.scheduler != "pbt" and not plan.max_concurrent
+            elastic = Elastic(pool, proposer, (lambda n: _concurrency(plan, n, gpu)) if grows else None, gpu)
+            recorder.on_step = partial(_both, delivery.check, elastic.step)
         trainable = tune.with_parameters(
             ConfigTrial,
             pool=pool,
@@ -212,44 +278,71 @@ def _search(plan: SweepPlan, progress: Any, resume: bool, seconds: dict[str, flo
                 "length": plan.length,
             },
         )
+        # a second config for a core comes later; whoever says how many are in flight gets them at once
+        first = in_flight if gpu or plan.max_concurrent or plan.scheduler == "pbt" else len(slots)
+        ramp = Ramp(proposer, first, in_flight)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": trial_cpus}),
             tune_config=tune.TuneConfig(
                 search_alg=proposer,
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=in_flight,
                 reuse_actors=True,
-                time_budget_s=plan.time_budget or None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(plan.folder / "ray"),
+                **tune_storage(plan),
                 verbose=0,
-                callbacks=[recorder],
+                callbacks=[recorder, ramp],
+                stop=stopping,
                 failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
+                # what a trial would save at its end is a pointer that nobody follows: one call less for each
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        begun = time.monotonic()
+        interruptions.on_first = partial(stopping.stop, "interrupted")
+        interruptions.catch()
         tuner.fit()
+        interruptions.on_first = None
         seconds["search"] = time.monotonic() - begun
+        seconds["first result"] = (ramp.first_result or time.monotonic()) - begun
+        if stopping.reason == "storage":
+            raise StorageFailed(stopping.detail)
         trained: Any = ray.get(pool.flush.remote())  # type: ignore[attr-defined]
         seconds["training, all devices"] = sum(trained.values())
         seconds["devices"] = float(len(trained))
         running = any(row["config_stop_reason"] in ("pending", "running") for row in table.rows.values())
         left = running or proposer.remaining > 0
-        time_up = 0 < plan.time_budget <= seconds["search"]
-        interrupted = left and not time_up
-        reason = "interrupted" if interrupted else "time budget" if time_up else "done"
-        recorder.apply(journal.write("finish", reason=reason))
+        reason = stopping.reason or ("interrupted" if left else "done")
+        if reason == "interrupted" and not left:
+            reason = "done"
+        recorder.write("finish", reason=reason, detail=stopping.detail)
         recorder.write_table()
         journal.close()
-        return interrupted, Ended(list(table.rows.values()), followup.look, followup.confirmed), recorder.results
+        ended = Ended(list(table.rows.values()), followup.look, followup.confirmed)
+        delivery.search_is_over()  # both work while Ray goes down
+        return (reason, stopping.detail), ended, recorder.results
     finally:
         if plan.address:
             release()
         ray.shutdown()
+
+
+def _import_libraries(searcher: str) -> None:
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+    if searcher == "optuna":
+        import optuna  # noqa: F401
+    elif searcher == "hyperopt":
+        import hyperopt  # noqa: F401
+
+
+def _say(descriptor: int, line: str) -> None:
+    """A line to a file descriptor; also from within a signal's handler."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{line}\n".encode())
 
 
 def _beside_the_driver() -> Any:
@@ -260,7 +353,7 @@ def _beside_the_driver() -> Any:
 
 
 def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
-    """Configs in flight: two a core; on GPUs as many as fill the lanes."""
+    """Configs in flight at most: two a core; on GPUs as many as fill the lanes."""
     if not gpu:
         return min(plan.budget, 2 * devices)
     lanes = int(plan.lanes) if plan.lanes.isdigit() else GPU_LANES
@@ -291,22 +384,10 @@ def _curve_metadata(plain: dict[str, Any]) -> dict[bytes, bytes]:
     return metadata(plain["name"], plain["family"], plain["metrics"])
 
 
-def _make_curve_writer(folder: Path, schema_metadata: dict[bytes, bytes], session: datetime, label: str) -> Any:
-    from tuning.curves import CurveWriter
-
-    device = label.replace(":", "").replace("@", "-").replace("/", "-")
-    return CurveWriter(folder, f"{session:%Y%m%dT%H%M%S%f}-{device}-{os.getpid()}", schema_metadata)
-
-
-def _make_checkpoint_store(folder: Path) -> Any:
-    from tuning.checkpoints import CheckpointStore
-
-    return CheckpointStore(folder / "checkpoints")
-
-
 @contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Send what libraries and subprocesses print to the log file; the console keeps the terminal."""
+def _log_file(path: Path) -> Iterator[int]:
+    """Send what libraries and subprocesses print to the log file; the console keeps the terminal. Gives the terminal's
+    standard error, a file descriptor."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -314,15 +395,16 @@ def _log_file(path: Path) -> Iterator[None]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s driver %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s driver %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:
-        yield
+        yield saved[1]
     finally:
         root.removeHandler(handler)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                stream.flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         os.close(saved[0])
@@ -335,58 +417,17 @@ def terminal() -> Console:
     return Console(file=file, highlight=False, width=None if file.isatty() else 120)
 
 
-def write_sweep_json(plan: SweepPlan, code: Path) -> None:
-    """Freeze the command: sweep.json, written once, when the sweep's folder is made."""
+def write_sweep_json(plan: SweepPlan, code: Path, data: Iterable[Path] = ()) -> None:
+    """Freeze the command: sweep.json, written once, when the sweep's folder is made.
+
+    Args:
+        code: the folder of the script.
+        data: the files its data sets are made of.
+    """
     plain = plan.to_plain() | {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **facts(plan),
         "git": git(code),
+        "data": data_facts(data, cache_dir()),
     }
-    plan.folder.mkdir(parents=True)
-    (plan.folder / "sweep.json").write_text(json.dumps(plain, indent=1))
-
-
-def _start_sync(plan: SweepPlan) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tuning.sync", plan.name, "--storage", str(plan.storage), "--follow"]
-    # a session of its own: Ctrl-C in the terminal is for the driver, which then waits for the delivery
-    return subprocess.Popen(
-        [*command, str(os.getpid())], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
-    )
-
-
-def _finish_sync(plan: SweepPlan, sync: subprocess.Popen) -> None:
-    if sync.wait() != 0:
-        log.error(
-            "MLflow's recorder ended with code %s; `python -m tuning.sync %s` delivers later",
-            sync.returncode,
-            plan.name,
-        )
-
-
-def _report(plan: SweepPlan) -> bool:
-    """Report and journal, on disk and on the sweep's MLflow run; whether that was told."""
-    command = [sys.executable, "-m", "analysis", "report", plan.name, "--journal", "--storage", str(plan.storage)]
-    command += ["--tracking-uri", plan.tracking_uri]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=_environment(), check=False)
-    if done.returncode:
-        log.error("the report ended with code %s; `%s` writes it again", done.returncode, " ".join(command[1:]))
-    return done.returncode == 0
-
-
-def _environment() -> dict[str, str]:
-    """Subprocesses find the code where this process found it."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def refuse_existing(plan: SweepPlan) -> None:
-    """A sweep's name is taken, or its storage cannot be written: `BadValue`, before anything is written."""
-    if plan.folder.exists():
-        raise BadValue(
-            f"the sweep '{plan.name}' already exists in {plan.storage}: continue it with --resume {plan.name}, or "
-            "choose another --name"
-        )
-    parent = plan.storage
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadValue(f"--storage {plan.storage} cannot be written: {parent} is not a writable folder")
+    freeze(plan, plain)

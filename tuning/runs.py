@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from tuning.curves import metadata, write_table
+from tuning.curves import metadata, parquet
 from tuning.journal import Event
+from tuning.storage import Store, as_store
 
 FIXED = {
     "sweep": pa.string(),
@@ -55,6 +56,7 @@ class RunTable:
         self._modes = {name: metric["mode"] for name, metric in plain["metrics"].items()}
         self.rows: dict[str, dict[str, Any]] = {}
         self.runs_of: dict[str, list[str]] = {}  # trial -> run keys
+        self.of_config: dict[str, list[dict[str, Any]]] = {}  # config key -> its rows
 
     def apply(self, event: Event) -> None:
         kind = event["event"]
@@ -67,6 +69,10 @@ class RunTable:
                 row.update(trial=event["trial"], config_stop_reason="running", ended_at=None)
                 if row["stop_reason"] == "cancelled":
                     row["stop_reason"] = "running"
+        elif kind == "retry":
+            for key in self.runs_of.get(event["trial"], ()):
+                fresh = {"stop_reason": "pending", "config_stop_reason": "pending"}
+                self.rows[key].update(**fresh, ended_at=None, error=None, rung=None)
         elif kind == "report":
             self._report(event)
         elif kind == "end":
@@ -80,8 +86,11 @@ class RunTable:
 
     def _propose(self, event: Event) -> None:
         keys = []
+        rows = self.of_config.setdefault(event["config_key"], [])
         for seed, key in event["runs"].items():
             keys.append(key)
+            if key in self.rows:  # proposed once more (PBT): it begins anew
+                rows.remove(self.rows[key])
             parent, born = event.get("parent", {}).get(seed, (None, None))
             self.rows[key] = {
                 "sweep": self._plain["name"],
@@ -106,6 +115,7 @@ class RunTable:
                 **{f"program.{name}": _flat(value) for name, value in event["program"].items()},
                 **{f"hyper.{name}": _flat(value) for name, value in event["hyper"].items()},
             }
+            rows.append(self.rows[key])
         self.runs_of[event["trial"]] = keys
 
     def _report(self, event: Event) -> None:
@@ -148,7 +158,8 @@ class RunTable:
             arrays[name] = _column([row.get(name) for row in rows])
         return pa.table(arrays)
 
-    def write(self, path: Path) -> None:
+    def write(self, place: Store | Path) -> None:
+        """runs.parquet, in the sweep's folder."""
         plain = self._plain
         schema_metadata = metadata(
             plain["name"],
@@ -158,7 +169,7 @@ class RunTable:
             metric=plain["metric"],
             mode=plain["mode"],
         )
-        write_table(self.to_arrow().replace_schema_metadata(schema_metadata), path)
+        as_store(place).write("runs.parquet", parquet(self.to_arrow().replace_schema_metadata(schema_metadata)))
 
 
 def _flat(value: Any) -> Any:

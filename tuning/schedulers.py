@@ -5,12 +5,14 @@ Schedulers count `progress` (see `tuning.sweep`), not iterations, so that a rung
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from ray.tune import Checkpoint
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -19,8 +21,12 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from lanes.job import program_name
 from search_spaces.space import Range
 from tuning.sweep import REDUCTION, SEGMENTS, SweepPlan, clamp, perturbable
+
+FAILED = ("crashed", "oom", "storage")
+"""Stop reasons of a config that ended by no fault of its values."""
 
 
 class Decided(TrialScheduler):
@@ -58,13 +64,13 @@ class Decided(TrialScheduler):
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if not searched(trial):
             return
-        if result.get("stop_reason") == "crashed":
+        if result.get("stop_reason") in FAILED:
             self.on_trial_error(tune_controller, trial)  # its values say nothing of others
         else:
             super().on_trial_complete(tune_controller, trial, result)
 
-    def adopt(self, trial_id: str, past: Any) -> None:
-        """The config of the earlier trial `past` continues as `trial_id`."""
+    def adopt(self, trial_id: str, past: Any, result: Mapping[str, Any] | None) -> None:
+        """The config of the earlier trial `past` continues as `trial_id`; `result` is the last that it reported."""
 
 
 def searched(trial: Any) -> bool:
@@ -83,7 +89,7 @@ class Median(Decided, MedianStoppingRule):
         super().__init__(*args, **kwargs)
         self._past: dict[str, Any] = {}
 
-    def adopt(self, trial_id: str, past: Any) -> None:
+    def adopt(self, trial_id: str, past: Any, result: Mapping[str, Any] | None) -> None:
         self._past[trial_id] = past
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -101,7 +107,8 @@ class Pbt(Decided, PopulationBasedTraining):
     Tune decides who copies whom. What the copy is, is made here: the donor's config with its perturbable axes changed
     and put back into their ranges, under a run key of its own that names its lineage, continuing from the donor's
     states. `exploited(trial_id, config)` is told. Every draw derives from the sweep's seed and the number of decisions
-    before it. A resumed population scores itself anew: it is not replayed.
+    before it. A resumed population is not replayed: each member is given the score, the time and the states that it
+    had, so that whoever reports next is compared with all of them, and may copy from any.
     """
 
     exploited: Callable[[str, dict[str, Any]], None] = staticmethod(lambda trial, config: None)
@@ -111,11 +118,29 @@ class Pbt(Decided, PopulationBasedTraining):
         super().__init__(**kwargs)
         self._plan = plan
         self._decisions = 0
+        self._adopted: dict[str, Mapping[str, Any]] = {}
+
+    def adopt(self, trial_id: str, past: Any, result: Mapping[str, Any] | None) -> None:
+        if result is not None and math.isfinite(result[self._plan.metric]):
+            self._adopted[trial_id] = result
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         # Tune refuses PBT beside any searcher; `tuning.searchers.Proposer` knows how to give up a trial
         alone: Any = SimpleNamespace(search_alg=None)
         super().on_trial_add(alone, trial)
+        result = self._adopted.pop(trial.trial_id, None)
+        if result is not None:
+            state: Any = self._trial_state[trial]
+            self._save_trial_state(state, result["progress"], dict(result), trial)
+            state.last_perturbation_time = result["progress"]
+            state.last_checkpoint = self._pointer(trial)
+
+    def _pointer(self, trial: Any) -> Any:
+        """What Tune takes for a checkpoint of a trial: the states themselves are in the sweep's own store."""
+        folder = self._plan.folder / "ray" / "resumed" / trial.trial_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pointer.json").write_text(json.dumps({"runs": trial.config["runs"], "epoch": 0}))
+        return Checkpoint.from_directory(folder)
 
     def skip(self, decisions: int) -> None:
         """As many decisions have been made before a restart."""
@@ -152,7 +177,7 @@ def descend(
         "algorithm": config.algorithm,
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": config.program,
+        "program": program_name(config.program),
         "hyper": config.hyper,
         "runs": runs,
         "epochs": config.epochs,

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from ray.tune.search import Searcher
-from scipy.stats import qmc
 
+from lanes.job import program_name
 from search_spaces.space import Axis, Point, Range, Space, is_ordered
 from tuning.followup import Followup
 from tuning.hyperopt_source import HyperOptSource
 from tuning.journal import Event, Journal
-from tuning.sweep import Config, SweepPlan
+from tuning.sweep import Config, SweepPlan, thaw
 
 PRUNED, FAIL, COMPLETE = "pruned", "fail", "complete"
 
@@ -65,6 +65,8 @@ def random_points(space: Space, seed: int) -> Iterable[Point]:
 
 def quasi_random_points(space: Space, seed: int) -> Iterable[Point]:
     """A scrambled Sobol sequence (Owen scrambling, scipy.stats.qmc): even coverage from the first points on."""
+    from scipy.stats import qmc  # takes a second to import
+
     sobol = qmc.Sobol(max(1, len(space.axes)), scramble=True, rng=seed)
     while True:
         row = sobol.random(1)[0]
@@ -185,9 +187,10 @@ class Proposer(Searcher):
         self._exhausted = False
         self._on_resume = on_resume
         self._followup = followup
-        self._running: set[str] = set()
         self._names: dict[str, str] = {}  # trial id -> the id the source knows it by
         self._last: dict[str, tuple[float, float]] = {}  # trial id -> progress and value of its newest result
+        self._live: set[str] = set()
+        self.limit: float = math.inf  # of configs in flight; may be raised while the sweep runs
 
     @property
     def remaining(self) -> int:
@@ -196,22 +199,24 @@ class Proposer(Searcher):
         return len(self._unfinished) + (0 if self._exhausted else self._plan.budget - self._proposed) + ahead
 
     def suggest(self, trial_id: str) -> Any:
-        suggested = self._suggest(trial_id)
+        if self.remaining and len(self._live) >= self.limit:
+            return None
+        suggested = self._next(trial_id)
         if isinstance(suggested, dict):
-            self._running.add(trial_id)
+            self._live.add(trial_id)
         return suggested
 
-    def _suggest(self, trial_id: str) -> Any:
+    def _next(self, trial_id: str) -> Any:
         """A trial's config; None: ask again when something has ended; or FINISHED."""
         if self._unfinished:
             event = self._unfinished.popleft()
-            if event["index"] >= 0:  # what PBT made is nothing the source knows
+            if event["index"] >= 0 and not event.get("heard"):  # what PBT made is nothing the source knows
                 self._names[trial_id] = event["trial_first"]
             self._on_resume(trial_id, event["trial"])
             self._on_event(
                 self._journal.write("resumed", trial=trial_id, config_key=event["config_key"], replaces=event["trial"])
             )
-            return _trial_config(event, self._plan.resolve(_thaw(event["point"])), event["reported"])
+            return _trial_config(event, self._plan.resolve(thaw(event["point"])), event["reported"])
         point = None
         if self._proposed < self._plan.budget and not self._exhausted:
             point = self._source.ask(trial_id)
@@ -246,14 +251,14 @@ class Proposer(Searcher):
 
     def _follow(self, trial_id: str) -> Any:
         """What comes after the search: nothing of it is told to the source."""
-        proposal = None if self._followup is None else self._followup.next(bool(self._running))
+        proposal = None if self._followup is None else self._followup.next(bool(self._live))
         if proposal is None:
             waiting = self._followup is not None and self._followup.left
             return None if waiting else Searcher.FINISHED
         fields = {name: value for name, value in proposal.items() if name not in ("event", "time")}
         event = self._journal.write("proposed", **{**fields, "index": -1, "trial": trial_id})
         self._on_event(event)
-        return _trial_config(event, self._plan.resolve(_thaw(event["point"])), 0)
+        return _trial_config(event, self._plan.resolve(thaw(event["point"])), 0)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if trial_id in self._names:
@@ -261,17 +266,18 @@ class Proposer(Searcher):
             self._source.report(self._names[trial_id], *self._last[trial_id])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._running.discard(trial_id)
-        self._tell_end(trial_id, result, error)
+        self._live.discard(trial_id)
+        self._last.pop(trial_id, None)
+        self._tell(trial_id, result, error)
 
-    def _tell_end(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
+    def _tell(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
         if trial_id in self._names:
             tell_end(self._source, self._names.pop(trial_id), result, error, self._plan.objectives)
 
     def abandon(self, trial_id: str) -> None:
         """The trial goes on with another config (PBT): the proposed one counts as stopped where it stood."""
         progress, value = self._last.get(trial_id, (0.0, math.nan))
-        self._tell_end(trial_id, {"progress": progress, self.metric: value}, error=False)
+        self._tell(trial_id, {"progress": progress, self.metric: value}, error=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: the journal is the searcher's state. Tune pickles its parts for a restore that is never used."""
@@ -287,7 +293,7 @@ class Proposer(Searcher):
 def outcome_of(result: Mapping[str, Any] | None, error: bool, objectives: Sequence[str]) -> tuple[str, list[float]]:
     """What a source is told of a trial's end: the outcome, and its last value of each objective."""
     result = result or {}
-    if error or result.get("stop_reason") in ("diverged", "crashed"):
+    if error or result.get("stop_reason") in ("diverged", "crashed", "oom", "storage"):
         return FAIL, []
     finished = result.get("stop_reason") == "finished"
     values = [result.get(name, math.nan) for name in (objectives if finished else objectives[:1])]
@@ -313,15 +319,11 @@ def _trial_config(event: Event, config: Config, reported: int) -> dict[str, Any]
         "config_key": event["config_key"],
         "point": dict(config.point),
         "values": dict(config.values),
-        "program": config.program,
+        "program": program_name(config.program),  # one text: Tune copies and flattens what is nested
         "runs": dict(event["runs"]),
         "parent": event.get("parent", {}),
         "phase": event["phase"],
         "epochs": config.epochs,
         "reports": [epoch for epoch in config.reports if epoch > reported],
+        "worst": dict(event.get("worst", {})),
     }
-
-
-def _thaw(point: Mapping[str, Any]) -> Point:
-    """A point read from JSON: lists are tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}

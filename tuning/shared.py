@@ -13,6 +13,7 @@ from typing import Any
 
 from trainables.family import BadValue
 from tuning.demand import await_device
+from tuning.storage import Bucket, StorageError, is_url
 from tuning.sweep import SweepPlan
 
 ANSWER_SECONDS = 60.0
@@ -57,7 +58,7 @@ def check_folders(plan: SweepPlan, nodes: dict[str, str]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    with marker(plan.storage) as mark:
+    with bucket_marker(plan.bucket) if plan.bucket else marker(plan.storage) as mark:
         look: Any = ray.remote(num_cpus=0, max_retries=0)(find_problem)
         data = str(plan.data_dir) if plan.data_dir else ""
         answers = {
@@ -91,8 +92,21 @@ def marker(storage: Path) -> Iterator[str]:
                 folder.rmdir()
 
 
+@contextlib.contextmanager
+def bucket_marker(url: str) -> Iterator[str]:
+    """The same in object storage."""
+    key = f".visible-{uuid.uuid4().hex}"
+    Bucket(url).write(key, b"of the driver")
+    try:
+        yield f"{url}/{key}"
+    finally:
+        Bucket(url).remove(key)
+
+
 def find_problem(mark: str, data: str) -> str:
     """On a node: what it cannot see, or nothing."""
+    if is_url(mark):
+        return _bucket_problem(*mark.rsplit("/", 1)) or _data_problem(data)
     storage = os.path.dirname(mark)
     with contextlib.suppress(OSError):
         os.listdir(storage)  # an NFS client looks again
@@ -103,6 +117,21 @@ def find_problem(mark: str, data: str) -> str:
         )
     if not os.access(storage, os.W_OK):
         return f"cannot write to the sweeps' folder {storage}: let this user write there"
+    return _data_problem(data)
+
+
+def _bucket_problem(url: str, key: str) -> str:
+    try:
+        Bucket(url).check()
+        Bucket(url, patience=0.0).read(key)
+    except FileNotFoundError:
+        return f"sees another {url} than the driver does: AWS_ENDPOINT_URL should be the same there"
+    except StorageError as error:
+        return f"cannot use the sweeps' bucket: {error}; its environment (or role) needs the driver's keys and endpoint"
+    return ""
+
+
+def _data_problem(data: str) -> str:
     if data and not os.path.isdir(data):
         return f"does not see the data folder {data}: copy it there, or share it, under the same path"
     return ""

@@ -13,6 +13,10 @@ from typing import Any
 from search_spaces.space import Arms, Choice, Point, Range, Space
 from trainables.family import BadValue, Family, Metric, Schedule, config_key, load_family, run_key
 from tuning import objectives
+from tuning.plain import check_plain
+from tuning.secrets import redact, redact_command, tracking_uri
+from tuning.storage import Bucket, Folder, Storage, here_for
+from tuning.uris import check_uri
 
 REDUCTION = 3
 MOST_RUNGS = 3
@@ -76,6 +80,7 @@ class SweepPlan:
     data_dir: Path | None = None
     max_concurrent: int = 0
     time_budget: float = 0.0
+    placement: str = "spread"
     command: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     confirm: int = 0
@@ -84,10 +89,22 @@ class SweepPlan:
     race_seeds: int = 0
     margin: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    bucket: str = ""
+    """URL of the object storage that holds the sweeps; `storage` is then the driver's own folder, of its machine."""
 
     @property
     def folder(self) -> Path:
         return self.storage / self.name
+
+    @property
+    def store(self) -> Storage:
+        """Where the sweep's files go that others read."""
+        return Bucket(self.bucket).at(self.name) if self.bucket else Folder(self.folder)
+
+    @property
+    def where(self) -> str:
+        """The storage as a user names it."""
+        return self.bucket or str(self.storage)
 
     @cached_property
     def loaded(self) -> Family:
@@ -197,7 +214,7 @@ class SweepPlan:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "others")
+            if name not in ("space", "storage", "data_dir", "command", "extra", "covariates", "others", "bucket")
         }
         program, _ = self.loaded.build(self.reference.values)
         schedule = self.loaded.schedule(program)
@@ -207,8 +224,9 @@ class SweepPlan:
             "space": self.space.to_plain(),
             "covariates": list(self.covariates),
             "others": list(self.others),
+            "tracking_uri": redact(self.tracking_uri),
             "data_dir": str(self.data_dir) if self.data_dir else None,
-            "command": list(self.command),
+            "command": redact_command(self.command),
             "headline": self.loaded.headline,
             "mode": self.objective.mode,
             "metrics": {name: asdict(metric) for name, metric in {**self.loaded.metrics, **objectives.COSTS}.items()},
@@ -224,7 +242,7 @@ class SweepPlan:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any], storage: Path) -> SweepPlan:
+    def from_plain(cls, plain: Mapping[str, Any], storage: Path, bucket: str = "") -> SweepPlan:
         """The plan that `to_plain` described, its folder now under `storage`."""
         known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
         known.update(
@@ -236,19 +254,43 @@ class SweepPlan:
             data_dir=Path(plain["data_dir"]) if plain["data_dir"] else None,
             command=tuple(plain["command"]),
             storage=storage,
+            bucket=bucket,
         )
         return cls(**known)
 
     @classmethod
-    def load(cls, folder: Path) -> SweepPlan:
-        """The plan of the sweep in `folder`, or `BadValue`."""
-        path = folder / "sweep.json"
+    def load(cls, folder: Path, bucket: str = "") -> SweepPlan:
+        """The plan of the sweep in `folder`, or in the bucket for which that is the driver's folder; or `BadValue`."""
+        place = Bucket(bucket).at(folder.name) if bucket else Folder(folder)
+        path = f"{place}/sweep.json"
         try:
-            return cls.from_plain(json.loads(path.read_text()), folder.parent)
+            plain = json.loads(place.read("sweep.json"))
+            check_plain(plain, folder.name)
+            uri = plain["tracking_uri"] if bucket else tracking_uri(folder, plain)
+            return cls.from_plain(plain | {"tracking_uri": uri}, folder.parent, bucket).checked()
         except FileNotFoundError:
-            raise BadValue(f"there is no sweep '{folder.name}' in {folder.parent}: {path} does not exist") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadValue(f"{path} is damaged ({error}): it cannot be resumed") from error
+            where = bucket or folder.parent
+            raise BadValue(f"there is no sweep '{folder.name}' in {where}: {path} does not exist") from None
+        except OSError as error:
+            raise BadValue(f"{path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+            raise BadValue(f"{path} is damaged ({' '.join(why.split())[:200]}): it cannot be resumed") from error
+
+    def checked(self) -> SweepPlan:
+        """Itself, or `BadValue` where no sweep could be so: what was read from a file is not believed."""
+        if self.metric not in self.loaded.metrics:
+            raise BadValue(f"{self.family} has no metric '{self.metric}'")
+        if self.tracking_uri:  # a sweep in a bucket may have none
+            check_uri(self.tracking_uri, None, f"the tracking URI {redact(self.tracking_uri)!r}")
+        for point in self.space.corners():
+            self.resolve(point)
+        return self
+
+
+def driver_folder(storage: Storage) -> Path:
+    """The folder of this machine that a driver works in: the storage itself, where that is a folder."""
+    return storage.path if isinstance(storage, Folder) else here_for(storage, "drive")
 
 
 def perturbable(space: Space, family: Family) -> list[Choice | Range]:
@@ -268,3 +310,8 @@ def clamp(space: Space, point: Point) -> Point:
             value = min(max(point[axis.name], axis.low), axis.high)
             inside[axis.name] = round(value) if axis.integer else value
     return inside
+
+
+def thaw(point: Mapping[str, Any]) -> Point:
+    """A point read from JSON: lists are tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}

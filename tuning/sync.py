@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from trainables.family import BadValue
+from tuning import mirror
+from tuning.exits import run_command
+from tuning.journal_check import checked
+from tuning.locks import Taken, held
+from tuning.names import checked_name
+from tuning.plain import load_checked
+from tuning.secrets import RedactingFormatter
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -19,53 +30,94 @@ log = logging.getLogger(__name__)
 
 def main(
     name: Annotated[str, typer.Argument(help="the sweep's name")],
-    storage: Annotated[Path, typer.Option(help="folder of sweeps", envvar="LANEWISE_STORAGE")] = Path("sweeps"),
+    storage: Annotated[
+        str, typer.Option(help="folder of sweeps, or s3://BUCKET/PREFIX", envvar="LANEWISE_STORAGE")
+    ] = "sweeps",
     follow: Annotated[int, typer.Option(help="keep delivering while this process lives (0: once)", hidden=True)] = 0,
 ) -> None:
     """Send what MLflow has not got yet: runs, curves, final values, artifacts. Sending twice changes nothing."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s sync %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s sync %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    folder = storage / name
-    if not (folder / "sweep.json").is_file():
-        typer.echo(f"there is no sweep '{name}' in {storage}: {folder / 'sweep.json'} does not exist", err=True)
-        raise typer.Exit(2)
     try:
-        sent = deliver(folder, follow)
-    except BadValue as error:
+        checked_name("the sweep's name", name)
+        look = partial(mirror.fetch, storage, name) if mirror.is_url(storage) else lambda: Path(storage) / name
+        folder = look()
+        plain = load_checked(folder)
+        checked(folder / "journal.jsonl")
+    except FileNotFoundError:
+        raise BadValue(f"there is no sweep '{name}' in {storage}: {storage}/{name}/sweep.json does not exist") from None
+    except mirror.StorageError as error:
+        raise BadValue(str(error)) from None
+    try:
+        sent = deliver_alone(folder, follow, look, storage)
+        if mirror.is_url(storage) and plain["tracking_uri"]:
+            mirror.publish(storage, name, [folder / "tracking.json"])
+    except (Away, Taken, mirror.StorageError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(3) from None
     if not follow:
         typer.echo(f"{name}: delivered, {sent} new events and points")
 
 
-def deliver(folder: Path, follow: int = 0) -> int:
-    """Deliver once, or until the sweep has finished and process `follow` needs no more. Returns what was sent.
+class Away(BadValue):
+    """MLflow could not be reached."""
 
-    Raises `BadValue` when the server stays away.
+
+def deliver_alone(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
+    """`deliver`, one process at a time: two would both make the runs that neither finds. The recorder of a driver that
+    was killed delivers what it left; the next one's waits for it."""
+    begun = time.monotonic()
+    while True:
+        try:
+            with held(folder / "sync.lock"):
+                return deliver(folder, follow, look, storage)
+        except Taken as error:
+            if not follow and time.monotonic() - begun > PATIENCE_SECONDS:
+                raise Taken(f"{folder.name} is being delivered by {error}: it needs no second") from None
+        time.sleep(FOLLOW_SECONDS / 4)
+
+
+def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = None, storage: str = "") -> int:
+    """Deliver once, or for process `follow` until it is gone or ends our standard input, which it also writes to when
+    there is something to deliver at once. Returns what was sent.
+
+    `look` brings the folder up to date, where it is this machine's copy of a bucket's, which `storage` then names.
+    Raises `Away` when the server stays away, `BadValue` when the journal is damaged.
     """
     from tuning.tracking import Tracker
 
-    tracker, sent, away_since = None, 0, 0.0
+    tracker, sent, away_since, over = None, 0, 0.0, not follow
     while True:
-        over = not follow or not _alive(follow)
         try:
+            if look:
+                look()
             tracker = tracker or Tracker(folder)
             sent += tracker.deliver()
             away_since = 0.0
-            over = over or tracker.finished
             if over:
                 tracker.artifacts()
+                tracker.settle()
                 return sent
+        except BadValue:
+            raise
         except Exception as error:
             away_since = away_since or time.monotonic()
             log.warning("MLflow is away (%s): points wait on disk", error)
             tracker = None
             if (over or _finished(folder)) and time.monotonic() - away_since > PATIENCE_SECONDS:
-                raise BadValue(
+                raise Away(
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
-                    f"`python -m tuning.sync {folder.name} --storage {folder.parent}` delivers it later"
+                    f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
-        time.sleep(FOLLOW_SECONDS)
+        over = over or not _wait(FOLLOW_SECONDS) or not _alive(follow)
+
+
+def _wait(seconds: float) -> bool:
+    """Until standard input has something, or so long. False when it has ended."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    return not ready or bool(os.read(0, 4096))
 
 
 def _finished(folder: Path) -> bool:
@@ -79,6 +131,9 @@ def _finished(folder: Path) -> bool:
 
 
 def _alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):  # where there is a /proc: one that was killed, and whose parent does not look
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -86,5 +141,12 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def main_exit(arguments: list[str] | None = None) -> NoReturn:
+    """The command line: exits with 0 delivered, 2 a mistake (one line), 3 the server stays away."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(main)
+    run_command(app, arguments, "python -m tuning.sync")
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main_exit()

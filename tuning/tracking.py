@@ -1,30 +1,41 @@
 """MLflow, from what is on disk: sweep run -> config runs -> seed runs. The only module of `tuning` that imports MLflow.
 
 The journal and the epochs' Parquet files are the source; this is a projection of them that may lag, stop, and start
-again. A run is found by its tags before it is made, points carry the time at which they were recorded, and how far the
-delivery got is saved after each batch: delivering twice changes nothing, and a server that is away costs a delay.
+again. What is to be sent is noted on disk first and crossed out when the server has it: a delivery that was killed in
+between sends the very same points again, with the times at which they were recorded, and MLflow takes a point once. So
+delivering twice changes nothing, and a server that is away costs a delay.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from tuning.aggregates import config_values, pareto_front, result, summary
+from trainables.files import write_atomically
+from tuning.aggregates import config_values, cost_tags, pareto_front, result, summary
 from tuning.journal import Event, read
-from tuning.mlflow_page import page_tags
+from tuning.mlflow_page import fitting, page_tags
 from tuning.objectives import COSTS, searched, value
+from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
+from tuning.secrets import tracking_uri
+from tuning.tracked_runs import TrackedRuns
 
 CURVE_POINTS = 1000
+ATTEMPTS = 5
+"""Times that part files are listed anew where one was merged while they were read."""
+SENDERS = 8
+"""Runs that are sent to a tracking server at the same time."""
 STEPS_ARTIFACT_BYTES = 100_000_000
 STATUS = {
     "finished": "FINISHED",
@@ -34,6 +45,7 @@ STATUS = {
     "crashed": "FAILED",
     "cancelled": "KILLED",
 }
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -45,21 +57,30 @@ class Tracker:
 
     def __init__(self, folder: Path):
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        # the client would repeat requests that make runs, and a server that only was slow would make two of each
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
         from mlflow import MlflowClient
 
         self._folder = folder
         self._plain = load_plain(folder)
-        self._client = MlflowClient(self._plain["tracking_uri"])
+        uri = tracking_uri(folder, self._plain)
+        self._client = MlflowClient(uri)
+        # a server answers several at once; one SQLite file takes one after the other
+        self._at_once = SENDERS if uri.startswith("http") else 1
         self._path = folder / "tracking.json"
-        self._state: dict[str, Any] = {"offset": 0, "parts": [], "logged": {}, "artifacts": False}
+        self._state: dict[str, Any] = {"offset": 0, "parts": {}, "logged": {}, "artifacts": False}
         if self._path.is_file():
-            self._state = json.loads(self._path.read_text())
+            try:
+                self._state = json.loads(self._path.read_text())
+            except ValueError:
+                log.warning("%s is damaged: everything is sent again, which changes nothing", self._path)
+            if isinstance(self._state["parts"], list):  # names of files, of an earlier version: points are known anyway
+                self._state["parts"] = {}
+                self._state.pop("sending", None)
         self._table = RunTable(self._plain)
-        self._experiment = ""
-        self._ids: dict[tuple[str, str], str] = {}  # (kind, key) -> MLflow run id
+        self._runs: TrackedRuns | None = None
         self._pending: dict[str, dict[str, list]] = defaultdict(lambda: {"metrics": [], "params": [], "tags": []})
         self._status: dict[str, tuple[str, int]] = {}
         self._seeds: dict[str, frozenset[str]] = {}  # config -> its runs, as first proposed
@@ -72,17 +93,23 @@ class Tracker:
         name = f"{self._plain['family']}/{self._plain['sweep']}"
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            uri = self._plain["tracking_uri"]
+            uri = tracking_uri(self._folder, self._plain)
             location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
             # the tag opens MLflow's page for training runs; without it version 3 takes an experiment for a GenAI one
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            self._experiment = self._client.create_experiment(name, artifact_location=location, tags=kind)
+            identity = self._client.create_experiment(name, artifact_location=location, tags=kind)
         else:
-            self._experiment = experiment.experiment_id
+            identity = experiment.experiment_id
+        git = self._plain["git"]
+        tags = {
+            "family": self._plain["family"],
+            "git_commit": git["commit"],
+            "git_dirty": str(git["dirty"]).lower(),
+        }
+        self._runs = TrackedRuns(self._client, identity, self._plain["name"], tags)
         for key, text in page_tags(self._plain).items():
             if experiment is None or experiment.tags.get(key) != text:
-                self._client.set_experiment_tag(self._experiment, key, text)
-        self._find_runs()
+                self._client.set_experiment_tag(identity, key, text)
         self._sweep_run()
         # the table needs the whole past, the delivery only what is new
         for event, offset in read(self._folder / "journal.jsonl"):
@@ -90,52 +117,110 @@ class Tracker:
                 self._table.apply(event)
                 self._note_runs(event)
                 self._note_finish(event)
-        for name in self._state["parts"]:  # epochs that some seeds of a config had reached, and others not yet
-            for row in pq.read_table(self._folder / "epochs" / name).to_pylist():
-                if self._shown(row):
-                    self._gather(row)
+        # epochs that some seeds of a config had reached, and others not yet
+        for row in self._rows_of(self._state["parts"], {}):
+            if row["run_key"] in self._table.rows and self._shown(row):
+                self._gather(row)
 
     def deliver(self) -> int:
         """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        if not self._experiment:
+        if self._runs is None:
             self.connect()
-        offset, sent = self._state["offset"], 0
-        for event, after in read(self._folder / "journal.jsonl", offset):
-            self._table.apply(event)
-            self._note_runs(event)
-            self._event(event)
-            self._note_finish(event)
-            offset, sent = after, sent + 1
-        new_parts, logged = self._new_points()
-        for run_id, content in self._pending.items():
-            metrics = [Metric(*entry) for entry in content["metrics"]]
-            # a config that was proposed again has its params twice: MLflow takes each name once a call
-            params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
-            tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
-            sent += len(metrics)
-            for metric_part, param_part, tag_part in _batches(metrics, params, tags):
-                self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
-        for run_id, (status, at) in self._status.items():
-            if status == "RUNNING":
-                self._client.update_run(run_id, status="RUNNING")
-            else:
-                self._client.set_terminated(run_id, status, at)
-        self._pending.clear()
-        self._status.clear()
-        self._state["offset"] = offset
-        self._state["parts"] += new_parts
-        self._state["logged"].update(logged)
-        self._save()
+        sent = 0
+        while batch := self._state.get("sending") or self._next_batch():
+            for event, after in read(self._folder / "journal.jsonl", self._state["offset"]):
+                if after > batch["offset"]:
+                    break
+                self._table.apply(event)
+                self._note_runs(event)
+                self._event(event)
+                self._note_finish(event)
+                sent += 1
+            logged = self._points(batch["parts"])
+            if "sending" not in self._state:
+                self._state["sending"] = batch
+                self._save()
+            runs = list(dict.fromkeys([*self._pending, *self._status]))
+            sent += sum(len(content["metrics"]) for content in self._pending.values())
+            with ThreadPoolExecutor(self._at_once) as senders:
+                for _ in senders.map(self._send, runs):  # raises what one of them raised
+                    pass
+            self._pending.clear()
+            self._status.clear()
+            self._state["offset"] = batch["offset"]
+            self._state["parts"].update(batch["parts"])
+            self._state["logged"].update(logged)
+            del self._state["sending"]
+            self._save()
         return sent
 
+    def _send(self, run_id: str) -> None:
+        """One run's points, params, tags and status."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        content = self._pending.get(run_id, {"metrics": [], "params": [], "tags": []})
+        metrics = [Metric(*entry) for entry in content["metrics"]]
+        # a config that was proposed again has its params twice: MLflow takes each name once a call
+        params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
+        tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
+        for metric_part, param_part, tag_part in _batches(metrics, params, tags):
+            self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
+        if run_id in self._status:
+            self._set_status(run_id, *self._status[run_id])
+
+    def _next_batch(self) -> dict[str, Any] | None:
+        """What has come since the last one: an offset into the journal, and writer -> number of its newest part."""
+        offset, known = self._state["offset"], set(self._table.rows)
+        for event, after in read(self._folder / "journal.jsonl", offset):
+            offset = after
+            known.update(event.get("runs", {}).values())
+        parts: dict[str, int] = {}
+        behind: set[str] = set()
+        for part in not_merged(parts_in(self._folder / "epochs")):
+            if part.last <= self._state["parts"].get(part.writer, 0) or part.writer in behind:
+                continue
+            try:
+                keys = pq.read_table(part.path, columns=["run_key"]).column("run_key").unique().to_pylist()
+            except FileNotFoundError:  # merged meanwhile: the next time
+                behind.add(part.writer)
+                continue
+            if known.issuperset(keys):
+                parts[part.writer] = part.last
+            else:
+                behind.add(part.writer)  # its proposal is not in the journal yet
+        return {"offset": offset, "parts": parts} if parts or offset > self._state["offset"] else None
+
+    def settle(self) -> None:
+        """After the last delivery: of two runs one goes, and what ended does not look as if it ran. A server that was
+        frozen may have served old requests after new ones."""
+        assert self._runs is not None
+        status = self._runs.find()
+        for row in self._table.rows.values():
+            for which, reason in (
+                (("run", row["run_key"]), row["stop_reason"]),
+                (("config", row["config_key"]), row["config_stop_reason"]),
+            ):
+                if reason in STATUS and status.get(which) == "RUNNING":
+                    ended = row.get("ended_at")
+                    self._set_status(
+                        self._runs[which], STATUS[reason], int(ended.timestamp() * 1000) if ended else None
+                    )
+
+    def _set_status(self, run_id: str, status: str, at: int | None) -> None:
+        if status == "RUNNING":
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            self._client.set_terminated(run_id, status, at)
+
     def artifacts(self) -> None:
-        """The command and space, the runs table and the curves, on the sweep's run."""
-        run = self._ids["sweep", self._plain["name"]]
+        """The command and space, the runs table, the curves and the report, on the sweep's run."""
+        run = self._id("sweep", self._plain["name"])
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
                 self._client.log_artifact(run, str(self._folder / name))
+        for path in sorted((self._folder / "errors").glob("*.txt")):
+            if self._runs is not None and ("config", path.stem) in self._runs:
+                self._client.log_artifact(self._runs["config", path.stem], str(path))
         for kind in ("epochs", "steps", "covariates"):
             folder = self._folder / kind
             if not folder.is_dir():
@@ -145,61 +230,25 @@ class Tracker:
                 self._client.log_artifacts(run, str(folder), kind)
             else:
                 self._client.set_tag(run, f"{kind}_folder", str(folder.resolve()))
+        if (self._folder / "report").is_dir():
+            self._client.log_artifacts(run, str(self._folder / "report"), "report")
+        journal = self._folder / "journal.md"
+        if journal.is_file():
+            self._client.log_artifact(run, str(journal), "report")
+            self._client.set_tag(run, "mlflow.note.content", fitting(journal.read_text(encoding="utf-8")))
 
     # --- runs ---
 
-    def _find_runs(self) -> None:
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment],
-                f"tags.sweep = '{self._plain['name']}'",
-                max_results=1000,
-                page_token=token,
-            )
-            for run in page:
-                kind = run.data.tags.get("kind", "")
-                key = {"sweep": "sweep", "config": "config_key", "run": "run_key"}.get(kind)
-                if key:
-                    self._ids[kind, run.data.tags[key]] = run.info.run_id
-            token = page.token
-            if not token:
-                return
-
     def _sweep_run(self) -> None:
         plain = self._plain
-        if ("sweep", plain["name"]) in self._ids:
-            return
-        tags = {
-            "kind": "sweep",
-            "family": plain["family"],
-            "sweep": plain["name"],
-            "git_commit": plain["git"]["commit"],
-            "git_dirty": str(plain["git"]["dirty"]).lower(),
-            "mlflow.note.content": plain["doc"],
-        }
         started = int(datetime.fromisoformat(plain["started_at"]).timestamp() * 1000)
-        run = self._client.create_run(self._experiment, started, tags, plain["name"])
-        self._ids["sweep", plain["name"]] = run.info.run_id
-        shown = ("sweep", "searcher", "seeds", "seed", "trials", "metric", "engine", "lanes")
-        params = {name: plain[name] for name in shown} | {"scheduler": plain["scheduler"]["name"]}
-        params["metric"] = ",".join([plain["metric"], *plain.get("others", ())])
-        self._pending[run.info.run_id]["params"] += params.items()
-
-    def _run(self, kind: str, key: str, parent: str, name: str, tags: Mapping[str, str], at: int) -> str:
-        """The MLflow run of a config or a seed, made if it is new."""
-        if (kind, key) not in self._ids:
-            common = {
-                "kind": kind,
-                "mlflow.parentRunId": parent,
-                "family": self._plain["family"],
-                "sweep": self._plain["name"],
-                "git_commit": self._plain["git"]["commit"],
-                "git_dirty": str(self._plain["git"]["dirty"]).lower(),
-            }
-            run = self._client.create_run(self._experiment, at, {**common, **tags}, name)
-            self._ids[kind, key] = run.info.run_id
-        return self._ids[kind, key]
+        assert self._runs is not None
+        run = self._runs.need("sweep", plain["name"], plain["name"], started, {"mlflow.note.content": plain["doc"]})
+        if not self._state["offset"]:
+            shown = ("sweep", "searcher", "seeds", "seed", "trials", "metric", "engine", "lanes")
+            params = {name: plain[name] for name in shown} | {"scheduler": plain["scheduler"]["name"]}
+            params["metric"] = ",".join([plain["metric"], *plain.get("others", ())])
+            self._pending[run]["params"] += params.items()
 
     # --- events ---
 
@@ -217,22 +266,22 @@ class Tracker:
         at = int(datetime.fromisoformat(event["time"]).timestamp() * 1000)
         kind = event["event"]
         if kind == "begin":
-            self._status[self._ids["sweep", self._plain["name"]]] = ("RUNNING", at)
+            self._status[self._id("sweep", self._plain["name"])] = ("RUNNING", at)
         elif kind == "proposed":
             self._propose(event, at)
         elif kind == "resumed":
             for key in [*self._table.runs_of[event["trial"]]]:
-                self._status[self._ids["run", key]] = ("RUNNING", at)
-            self._status[self._ids["config", event["config_key"]]] = ("RUNNING", at)
+                self._status[self._id("run", key)] = ("RUNNING", at)
+            self._status[self._id("config", event["config_key"])] = ("RUNNING", at)
         elif kind == "report":
             self._report(event, at)
         elif kind == "confirm":
             tags = {"confirm": ", ".join(entry["label"] for entry in event["chosen"]) or "no config ran to its end"}
-            self._pending[self._ids["sweep", self._plain["name"]]]["tags"] += tags.items()
+            self._pending[self._id("sweep", self._plain["name"])]["tags"] += tags.items()
         elif kind == "race":
             alive = ", ".join(entry["label"] for entry in event["alive"])
             tags = {"race": event["verdict"] or "going on", "race_left": alive}
-            self._pending[self._ids["sweep", self._plain["name"]]]["tags"] += tags.items()
+            self._pending[self._id("sweep", self._plain["name"])]["tags"] += tags.items()
         elif kind == "end":
             self._end(event, at)
         elif kind == "finish":
@@ -241,31 +290,16 @@ class Tracker:
     def _propose(self, event: Event, at: int) -> None:
         arms = {name: value for name, value in event["point"].items() if "." not in name}
         params = {**arms, **event["program"], **event["hyper"]}
-        phase = event.get("phase", "search")
-        config = self._run(
-            "config",
-            event["config_key"],
-            self._ids["sweep", self._plain["name"]],
-            event["label"],
-            {"algorithm": event["algorithm"], "config_key": event["config_key"]},
-            at,
-        )
+        assert self._runs is not None
+        parent = {"mlflow.parentRunId": self._id("sweep", self._plain["name"])}
+        tags = {"algorithm": event["algorithm"], "config_key": event["config_key"]}
+        config = self._runs.need("config", event["config_key"], event["label"], at, {**parent, **tags})
         self._pending[config]["params"] += params.items()
+        tags["mlflow.parentRunId"] = config
         for seed, key in event["runs"].items():
-            run = self._run(
-                "run",
-                key,
-                config,
-                f"{'confirm ' if phase == 'confirm' else ''}seed {seed} · {event['label']}",
-                {
-                    "phase": phase,
-                    "algorithm": event["algorithm"],
-                    "config_key": event["config_key"],
-                    "run_key": key,
-                    "seed": str(seed),
-                },
-                at,
-            )
+            phase = event.get("phase", "search")
+            name = f"{'confirm ' if phase == 'confirm' else ''}seed {seed} · {event['label']}"
+            run = self._runs.need("run", key, name, at, {**tags, "phase": phase, "run_key": key, "seed": str(seed)})
             self._pending[run]["params"] += [*params.items(), ("seed", seed)]
 
     def _report(self, event: Event, at: int) -> None:
@@ -274,15 +308,15 @@ class Tracker:
         metric = self._plain["metric"]
         name = {"search": metric, "confirm": f"confirm/{metric}"}.get(phase)
         if name:
-            run = self._ids["config", event["config_key"]]
+            run = self._id("config", event["config_key"])
             self._metrics(run, {name: event["values"].get(metric)}, at, event["epoch"])
 
     def _end(self, event: Event, at: int) -> None:
         keys = self._table.runs_of.get(event["trial"], [])
         rows = [self._table.rows[key] for key in keys]
         for key, row in zip(keys, rows, strict=True):
-            run = self._ids["run", key]
-            self._pending[run]["tags"] += _tags(row, row["stop_reason"])
+            run = self._id("run", key)
+            self._pending[run]["tags"] += cost_tags(row, row["stop_reason"])
             spent = {"device_seconds": row["device_seconds"], "epochs": row["epoch"]}  # tags do not sort as numbers
             self._metrics(run, {**summary(row), **spent}, at, row["epoch"])
             self._status[run] = (STATUS.get(row["stop_reason"], "KILLED"), at)
@@ -290,18 +324,18 @@ class Tracker:
 
     def _describe_config(self, config_key: str, reason: str, at: int) -> None:
         """Mean, spread and number of seeds of everything the config's runs ended with."""
-        rows = [row for row in self._table.rows.values() if row["config_key"] == config_key]
-        run = self._ids["config", config_key]
+        rows = self._table.of_config[config_key]
+        run = self._id("config", config_key)
         costs = [name for name in self._plain.get("others", ()) if name in COSTS]
         values = config_values(rows, {*costs, "device_seconds"})
         values["epochs"] = float(min(row["epoch"] for row in rows))
         total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
         self._metrics(run, values, at, max(row["epoch"] for row in rows))
-        self._pending[run]["tags"] += _tags(total, reason)
+        self._pending[run]["tags"] += cost_tags(total, reason)
         self._status[run] = (STATUS.get(reason, "KILLED"), at)
 
     def _finish(self, event: Event, at: int) -> None:
-        sweep = self._ids["sweep", self._plain["name"]]
+        sweep = self._id("sweep", self._plain["name"])
         metric, mode = self._plain["metric"], self._plain["mode"]
         rows = list(self._table.rows.values())
         finals: dict[str, list[float]] = defaultdict(list)
@@ -317,7 +351,7 @@ class Tracker:
         self._show_front(sweep, pareto_front(rows, self._plain))
         for row in rows:
             if row["stop_reason"] == "cancelled":
-                for run in (self._ids["run", row["run_key"]], self._ids["config", row["config_key"]]):
+                for run in (self._id("run", row["run_key"]), self._id("config", row["config_key"])):
                     self._pending[run]["tags"].append(("stop_reason", "cancelled"))
                     self._status[run] = ("KILLED", at)
         self._status[sweep] = ("FINISHED" if event["reason"] == "done" else "KILLED", at)
@@ -328,7 +362,7 @@ class Tracker:
             return
         labels = {row["config_key"]: row["label"] for row in self._table.rows.values()}
         for key in labels:
-            self._pending[self._ids["config", key]]["tags"].append(("pareto", str(key in front).lower()))
+            self._pending[self._id("config", key)]["tags"].append(("pareto", str(key in front).lower()))
         self._pending[sweep]["tags"].append(("pareto_front", "; ".join(labels[key] for key in front)))
 
     def _metrics(self, run: str, values: Mapping[str, float | None] | Mapping[str, float], at: int, step: int) -> None:
@@ -338,20 +372,34 @@ class Tracker:
 
     # --- curves ---
 
-    def _new_points(self) -> tuple[list[str], dict[str, int]]:
-        """Queue the points of part files not read before; at most about CURVE_POINTS a curve, the last always."""
-        folder = self._folder / "epochs"
-        known = set(self._state["parts"])
-        new = sorted(path for path in folder.glob("*.parquet") if path.name not in known) if folder.is_dir() else []
-        read_parts, logged = [], dict[str, int]()
-        for path in new:
-            rows = pq.read_table(path).to_pylist()
-            if any(("run", row["run_key"]) not in self._ids for row in rows):
-                continue  # its proposal is not in the journal yet
-            read_parts.append(path.name)
-            for row in rows:
+    def _points(self, parts: dict[str, int]) -> dict[str, int]:
+        """Queue the points of part files, {writer: up to this number}; at most about CURVE_POINTS a curve, the last
+        always. Returns run key -> the last epoch queued.
+
+        In the order in which they were recorded: an epoch that was trained again after a kill counts as it was first,
+        and part files of two hosts sort by process and not by time. A part may have been merged into a larger one since
+        the batch was noted: what else that holds is sent now or found to be known later.
+        """
+        logged = dict[str, int]()
+        for row in sorted(self._rows_of(parts, self._state["parts"]), key=lambda row: (row["time"], row["epoch"])):
+            if row["run_key"] in self._table.rows:
                 self._point(row, logged)
-        return read_parts, logged
+        return logged
+
+    def _rows_of(self, parts: dict[str, int], before: dict[str, int]) -> list[dict[str, Any]]:
+        """Rows of parts up to these numbers and after those before; from the start where one was merged meanwhile."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return [
+                    row
+                    for part in not_merged(parts_in(self._folder / "epochs"))
+                    if part.first <= parts.get(part.writer, 0) and part.last > before.get(part.writer, 0)
+                    for row in pq.read_table(part.path).to_pylist()
+                ]
+            except FileNotFoundError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError
 
     def _shown(self, row: dict[str, Any]) -> bool:
         """Whether a curve of about CURVE_POINTS points has this one."""
@@ -363,13 +411,13 @@ class Tracker:
         if epoch <= logged.get(key, self._state["logged"].get(key, 0)) or not self._shown(row):
             return
         values = {name: row[name] for name in self._plain["metrics"] if row.get(name) is not None}
-        self._metrics(self._ids["run", key], values, _milliseconds(row), epoch)
+        self._metrics(self._id("run", key), values, _milliseconds(row), epoch)
         logged[key] = epoch
         whole = self._gather(row)
         names = [name for name in self._plain["metrics"] if whole and all(r.get(name) is not None for r in whole)]
         means = {name: math.fsum(r[name] for r in whole) / len(whole) for name in names}
         if means:
-            run = self._ids["config", row["config_key"]]
+            run = self._id("config", row["config_key"])
             self._metrics(run, means, max(map(_milliseconds, whole)), epoch)
 
     def _gather(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -381,24 +429,16 @@ class Tracker:
         rows[row["run_key"]] = row
         return list(self._waiting.pop(place).values()) if len(rows) == len(self._seeds[config]) else []
 
+    def _id(self, kind: str, key: str) -> str:
+        assert self._runs is not None
+        return self._runs[kind, key]
+
     def _save(self) -> None:
-        scratch = self._path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self._state))
-        os.replace(scratch, self._path)
+        write_atomically(self._path, json.dumps(self._state).encode())
 
 
 def _milliseconds(row: Mapping[str, Any]) -> int:
     return int(row["time"].timestamp() * 1000)
-
-
-def _tags(row: Mapping[str, Any], reason: str) -> Iterable[tuple[str, str]]:
-    return [
-        ("stop_reason", reason),
-        ("engine", str(row.get("engine", ""))),
-        ("lanes", str(row.get("lanes", ""))),
-        ("device", str(row.get("device", ""))),
-        ("device_seconds", f"{row['device_seconds']:.3f}"),
-    ]
 
 
 def _batches(metrics: list, params: list, tags: list) -> Iterable[tuple[list, list, list]]:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 LOSSES = 3
 """A config whose host died this often without a report in between is `crashed`: it may be what kills them."""
 WAIT_SECONDS = 5.0
+PACKED = ("values", "spread", "per_seed", "engine", "lanes", "device")
+"""Parts of a result that only the journal reads."""
 
 
 class ConfigTrial(tune.Trainable):
@@ -45,17 +47,16 @@ class ConfigTrial(tune.Trainable):
         self._told = 0
         self._epoch = after
         self._losses = 0
-        self._worst: dict[str, float] = {}
+        self._worst: dict[str, float] = dict(config.get("worst", {}))
         self._place(after)
 
     def _place(self, after: int) -> None:
         config = self._config
-        self._error = ""
+        self._error, self._reason = "", "crashed"
         token = uuid.uuid4().hex
         runs = {int(seed): key for seed, key in config["runs"].items()}
-        program = json.dumps(config["program"], sort_keys=True)
         node = ray.get_runtime_context().get_node_id()
-        while (placed := ray.get(self._pool.place.remote(token, program, len(runs), node))) is None:
+        while (placed := ray.get(self._pool.place.remote(token, config["program"], len(runs), node))) is None:
             time.sleep(WAIT_SECONDS)  # every device is gone: until one comes back
         self._host, self._device = placed
         job = Job(
@@ -79,10 +80,11 @@ class ConfigTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         report = self._next_report()
         if self._error:
-            return crash(self._error, self._epoch, self._config, self._settings)
+            lost = crash(self._error, self._reason, self._epoch, self._config, self._settings)
+            return lost | {"notice": report.notice if report else ""}
         assert report is not None
         self._epoch = report.epoch
-        return summarize(report, self._config, self._settings, self._worst)
+        return pack(summarize(report, self._config, self._settings, self._worst)) | {"notice": report.notice}
 
     def _next_report(self) -> Report | None:
         """The next report, from another host where the one before died; None with `_error` set where there is none."""
@@ -93,6 +95,8 @@ class ConfigTrial(tune.Trainable):
                 self._losses += 1
                 if self._losses == LOSSES:
                     self._error = f"its host died {LOSSES} times without a report: {error}"
+                    if "memory" in str(error).lower():  # the kernel, or Ray's monitor, killed it for what it took
+                        self._reason = "oom"
                     return None
                 log.warning("%s: lost %s (%s)", self._config["config_key"], self._device, error)
                 if isinstance(error, ray.exceptions.ActorDiedError):
@@ -103,7 +107,7 @@ class ConfigTrial(tune.Trainable):
                 continue
             self._told += 1
             self._losses = 0
-            self._error = report.error or ""
+            self._error, self._reason = report.error or "", report.reason
             return report
         return None
 
@@ -137,17 +141,32 @@ class ConfigTrial(tune.Trainable):
             self._token = ""
 
 
-def crash(error: str, epoch: int, config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The last Tune result of a config whose program raised; `epoch` is the last it reported."""
+def crash(
+    error: str, reason: str, epoch: int, config: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The last Tune result of a config whose program raised, or for which there was no memory; `epoch` is the last it
+    reported."""
     return {
         **dict.fromkeys(settings["objectives"], math.nan),
         "epoch": epoch,
         "progress": epoch * settings["length"] / config["epochs"],
         "config_key": config["config_key"],
-        "stop_reason": "crashed",
+        "stop_reason": reason,
         "error": error,
         "done": True,
     }
+
+
+def pack(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what is for the journal alone as one text: Tune flattens everything nested, keeps windows over
+    every number of it, and all that of every trial for good."""
+    detail = {name: result[name] for name in PACKED}
+    return {**{name: value for name, value in result.items() if name not in PACKED}, "packed": json.dumps(detail)}
+
+
+def unpack(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `pack` put away."""
+    return json.loads(result["packed"])
 
 
 def summarize(
@@ -168,10 +187,7 @@ def summarize(
     alive = [seed for seed in report.seeds.values() if seed.status != "diverged"]
     diverged = len(report.seeds) - len(alive)
     for seed in report.seeds.values():
-        for name, value in seed.values.items():
-            if math.isfinite(value) and modes[name] != "none":
-                pick = min if modes[name] == "max" else max
-                worst[name] = pick(value, worst.get(name, value))
+        note_worst(worst, seed.values, modes)
     names = sorted({name for seed in report.seeds.values() for name in seed.values})
     values, spread = {}, {}
     for name in names:
@@ -217,3 +233,11 @@ def summarize(
         "done": done,
     }
     return result
+
+
+def note_worst(worst: dict[str, float], values: Mapping[str, float], modes: Mapping[str, str]) -> None:
+    """Bring `worst` up to date with what one run reported: what a diverged seed of its config counts as."""
+    for name, value in values.items():
+        if math.isfinite(value) and modes[name] != "none":
+            pick = min if modes[name] == "max" else max
+            worst[name] = pick(value, worst.get(name, value))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 from search_spaces.space import Arms, Axis, Choice, Range, Space
 from trainables.family import BadValue, Family
 
+LARGEST = 2**63 - 1
+"""What a tensor can hold."""
 _RANGE = re.compile(r"^(?P<low>[^:]+?)\.\.(?P<high>[^:]+?)(?P<log>:log)?$")
 
 
@@ -38,9 +41,12 @@ def parse_like(name: str, text: str, like: Any) -> Any:
         raise BadValue(f"{name} = {text!r} should be true or false")
     if isinstance(like, int):
         try:
-            return int(text)
+            number = int(text)
         except ValueError:
-            raise BadValue(f"{name} = {text!r} should be a whole number") from None
+            raise BadValue(f"{name} = {text[:80]!r} should be a whole number") from None
+        if abs(number) > LARGEST:
+            raise BadValue(f"{name} = {text[:80]} is too large")
+        return number
     if isinstance(like, float):
         return _number(name, text)
     if isinstance(like, tuple):
@@ -53,9 +59,12 @@ def parse_like(name: str, text: str, like: Any) -> Any:
 
 def _number(name: str, text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise BadValue(f"{name} = {text!r} should be a number") from None
+        raise BadValue(f"{name} = {text[:80]!r} should be a number") from None
+    if not math.isfinite(number):
+        raise BadValue(f"{name} = {text[:80]} should be a finite number")
+    return number
 
 
 def parse_axis(family: Family, space: Space, text: str) -> Axis:
@@ -64,6 +73,8 @@ def parse_axis(family: Family, space: Space, text: str) -> Axis:
     old = next((axis for axis in space.axes if axis.name == name), None)
     if isinstance(old, Arms):
         labels = [label.strip() for label in value.split(",")]
+        if len(set(labels)) != len(labels):
+            raise BadValue(f"--space {name} lists an arm twice: {value}")
         for label in labels:
             if label not in old.arms:
                 raise BadValue(f"--space {name} has no arm '{label}'; it has: {', '.join(old.arms)}")

@@ -1,5 +1,8 @@
 """Run on a test host: a head alone, and Ray's fake provider that starts nodes claiming a GPU each. Prints what it saw.
 
+`python -m tests.cluster.fake_cloud LIMIT` asks and releases; with `sweep STORAGE` a sweep runs there, its hosts on the
+processor in the GPUs' place.
+
 On a test host, because starting and stopping a head stops every Ray process that can be seen.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +24,7 @@ from tests.toys.sweeps import SWEEPS
 from trainables.family import BadValue
 from tuning.cli import resolve
 from tuning.demand import await_device, has_device, release
+from tuning.parts import part_of
 from tuning.sweep import SweepPlan
 
 NOTHING_TO_DO = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
@@ -38,12 +43,12 @@ CONFIG = {
     "head_node_type": "ray.head.default",
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "gpu": {"resources": {"GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+        "gpu": {"resources": {"GPU": 1, "CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
     },
 }
 
 
-def main(limit: int) -> None:
+def main(limit: int, storage: str = "") -> None:
     CONFIG["available_node_types"]["gpu"]["max_workers"] = limit  # type: ignore[index]
     path = Path(tempfile.mkdtemp()) / "fake.json"
     path.write_text(json.dumps(CONFIG))
@@ -60,6 +65,9 @@ def main(limit: int) -> None:
     subprocess.run(start, env=environment, check=True, stdout=subprocess.DEVNULL)
     ray.init("auto", log_to_driver=False, logging_level="ERROR")
     print("DEVICE AT FIRST", has_device())
+    if storage:
+        sweep(limit, Path(storage))
+        return
     try:
         await_device(plan(SWEEPS), seconds=60 if limit else 5)
     except BadValue as error:
@@ -67,6 +75,34 @@ def main(limit: int) -> None:
         return
     print("GPUS", until(lambda: ray.cluster_resources().get("GPU", 0) == limit))
     release()
+    print("RELEASED", until(lambda: not has_device()))
+
+
+def sweep(limit: int, storage: Path) -> None:
+    """Short configs that all devices are good for, and one long one that needs a single device."""
+    lengths = ",".join(map(str, [*range(20, 50), 40_000]))
+    command = (
+        f"-m tests.toys.tune_toy grid --quiet --name s --storage {storage} --address auto --engine serial --lanes 2"
+    )
+    command += f" --scheduler none --set lr=0.01 --space epochs={lengths}"
+    environment = {**os.environ, "LANEWISE_DEVICE": "cpu"}
+    running = subprocess.Popen([sys.executable, *command.split()], env=environment)
+    folder = storage / "s"
+
+    def count(kind: str) -> int:
+        path = folder / "journal.jsonl"
+        return path.read_text().count(f'"event": "{kind}"') if path.exists() else 0
+
+    def hosts() -> set[str]:
+        return {part_of(path).writer for path in (folder / "epochs").glob("*.parquet")}
+
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    print("ALL GPUS", until(lambda: ray.cluster_resources().get("GPU", 0) == limit, 180))
+    print("ALL HOSTS", until(lambda: len(hosts()) >= limit, 180))
+    print("ONE LEFT", until(lambda: count("end") == 30, 300))
+    print("THINNED", until(lambda: ray.cluster_resources().get("GPU", 0) < limit, 120), running.poll() is None)
+    running.send_signal(signal.SIGINT)
+    print("INTERRUPTED", running.wait(120))
     print("RELEASED", until(lambda: not has_device()))
 
 
@@ -91,4 +127,4 @@ def until(reached, seconds: float = 90) -> bool:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[3:4])

@@ -68,15 +68,24 @@ class Hosts:
         base: a new folder outside /tmp and the home folder; all of the hosts' files are below it.
         names: one host each.
         shared: folders under /tmp or the home folder that every host sees; the rest of these two is each host's own.
+        network, bridge: of its own for each set of hosts that may be there at the same time.
     """
 
-    def __init__(self, base: Path, names: Sequence[str], shared: Sequence[Path] = ()):
+    def __init__(
+        self,
+        base: Path,
+        names: Sequence[str],
+        shared: Sequence[Path] = (),
+        network: str = NETWORK,
+        bridge: str = BRIDGE,
+    ):
         self.base, self.names, self.shared = base, tuple(names), tuple(shared)
+        self.network, self.bridge = network, bridge
         self._shells: dict[str, subprocess.Popen] = {}
         self._first: dict[str, int] = {}
 
     def address(self, name: str) -> str:
-        return f"{NETWORK}.{10 + self.names.index(name)}"
+        return f"{self.network}.{10 + self.names.index(name)}"
 
     def home(self, name: str) -> Path:
         """The host's home folder as this machine sees it."""
@@ -137,12 +146,12 @@ class Hosts:
         (self.base / "sshd_config").write_text(SSHD)
         for key in ("key", "hostkey"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.base / key)], check=True)
-        _ip(f"link add {BRIDGE} type bridge")
-        _ip(f"link set {BRIDGE} up")
+        _ip(f"link add {self.bridge} type bridge")
+        _ip(f"link set {self.bridge} up")
         for name in self.names:
             _ip(f"netns add {name}")
             _ip(f"link add v-{name} type veth peer name eth0 netns {name}")
-            _ip(f"link set v-{name} master {BRIDGE} up")
+            _ip(f"link set v-{name} master {self.bridge} up")
             _ip(f"-n {name} addr add {self.address(name)}/24 dev eth0")
             _ip(f"-n {name} link set eth0 up")
             _ip(f"-n {name} link set lo up")
@@ -243,7 +252,7 @@ class Hosts:
         for name in self.names:
             _ip(f"link del v-{name}", check=False)
             _ip(f"netns del {name}", check=False)
-        _ip(f"link del {BRIDGE}", check=False)
+        _ip(f"link del {self.bridge}", check=False)
         mounts = Path("/proc/mounts").read_text()
         assert f" {self.base}/" not in mounts, f"mounts are left under {self.base}: not deleting through them"
         shutil.rmtree(self.base, ignore_errors=True)

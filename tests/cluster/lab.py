@@ -22,12 +22,16 @@ def shared_folders(base: Path) -> list[Path]:
     return [Path(sys.base_prefix), SITE, ROOT, base / "storage"]
 
 
-def write_config(hosts: Hosts, path: Path, storage: Path) -> Path:
-    """cluster.yaml with what its comments tell a user to change, and a cache that vanishes with the host."""
+def write_config(hosts: Hosts, path: Path, storage: Path | str) -> Path:
+    """cluster.yaml with what its comments tell a user to change, and a cache that vanishes with the host.
+
+    The hosts are the driver's, the head and the workers, in this order.
+    """
+    _, head, *workers = hosts.names
     text = (ROOT / "cluster.yaml").read_text()
     for old, new in (
-        ("192.168.1.10 ", f"{hosts.address(HEAD)} "),
-        ("[192.168.1.11, 192.168.1.12]", f"[{', '.join(map(hosts.address, WORKERS))}]"),
+        ("192.168.1.10 ", f"{hosts.address(head)} "),
+        ("[192.168.1.11, 192.168.1.12]", f"[{', '.join(map(hosts.address, workers))}]"),
         ("ssh_user: me ", "ssh_user: root "),
         ("~/.ssh/id_ed25519", "~/.ssh/key"),
         ("/mnt/lab/sweeps", str(storage)),
@@ -40,7 +44,7 @@ def write_config(hosts: Hosts, path: Path, storage: Path) -> Path:
     return path
 
 
-def install(hosts: Hosts, names: Sequence[str] = (DRIVER, HEAD, *WORKERS)) -> None:
+def install(hosts: Hosts, names: Sequence[str] = ()) -> None:
     """What `make install` would leave on each host, made of the packages installed here: a host has no network."""
     files = ("pyproject.toml", "constraints.txt", "requirements-reference.txt")
     pins = b"".join((ROOT / name).read_bytes() for name in files)
@@ -49,7 +53,7 @@ def install(hosts: Hosts, names: Sequence[str] = (DRIVER, HEAD, *WORKERS)) -> No
     )
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     ray_script = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
-    for name in names:
+    for name in names or hosts.names:
         venv = "~/.lanewise/venv"
         hosts.run(
             name,

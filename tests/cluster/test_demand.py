@@ -21,6 +21,25 @@ def test_whole_gpus_as_many_as_the_lanes_fill(lanes, seeds, gpus):
 
 @pytest.mark.heavy
 @pytest.mark.skipif(bool(missing()), reason=f"needs a test host: {missing()}")
+def test_a_sweep_uses_devices_that_join_and_lets_go_of_them_at_its_end(tmp_path):
+    folders = lab.shared_folders(tmp_path)
+    folders[-1].mkdir()
+    with Hosts(Path("/var/tmp/lanewise-test-cloud"), ("cloud",), folders) as hosts:
+        lab.install(hosts, ("cloud",))
+        venv = "~/.lanewise/venv/bin/python"
+        told = hosts.run(
+            "cloud", f"cd {lab.ROOT} && {venv} -m tests.cluster.fake_cloud 3 sweep {folders[-1]} 2>&1", seconds=900
+        )
+    assert "DEVICE AT FIRST False" in told
+    assert "ALL GPUS True" in told
+    assert "ALL HOSTS True" in told, "devices that joined late are used"
+    assert "ONE LEFT True" in told
+    assert "THINNED True True" in told, "a GPU is given back while the sweep runs"
+    assert "RELEASED True" in told
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(bool(missing()), reason=f"needs a test host: {missing()}")
 @pytest.mark.parametrize("limit", [2, 0])
 def test_an_empty_cluster_grows_on_demand(tmp_path, limit):
     with Hosts(Path("/var/tmp/lanewise-test-cloud"), ("cloud",), lab.shared_folders(tmp_path)[:3]) as hosts:

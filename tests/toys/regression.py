@@ -13,7 +13,7 @@ import torch
 from torch.func import grad_and_value
 
 from trainables import draws
-from trainables.family import BadValue, Case, Family, Metric, Schedule, dtype_of
+from trainables.family import PRECISIONS, BadValue, Case, Family, Metric, Schedule, dtype_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ def summarize(program, epochs):
 def validate(program):
     if program.optimizer not in ("sgd",):
         raise BadValue(f"optimizer '{program.optimizer}' is not sgd")
+    if program.width < 1 or program.epochs < 1 or not 1 <= program.batch <= 32:
+        raise BadValue("width and epochs should be 1 or more, batch from 1 to 32")
+    if program.precision not in PRECISIONS:
+        raise BadValue(f"precision '{program.precision}' is none of {', '.join(PRECISIONS)}")
 
 
 FAMILY = Family(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from trainables.ci_vit import learning, stream
+from trainables.ci_vit.images import load
 from trainables.ci_vit.program import COVARIATES, MAX_DEPTH, PRESETS, Hyper, Program, schedule, validate
-from trainables.family import Case, Family, Metric
+from trainables.family import Case, Family, Late, Metric
 
 
 def summarize(program: Program, epochs: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -95,21 +95,23 @@ CASES = {
 }
 """Tiny programs for the conformance suites: one for every method, with resets and task changes within 50 steps."""
 
+_LEARNING, _STREAM = "trainables.ci_vit.learning", "trainables.ci_vit.stream"
+
 FAMILY = Family(
     name="ci_vit",
     Program=Program,
     Hyper=Hyper,
     metrics=_metrics(),
     headline="test_acc_last",
-    load=stream.load,
+    load=load,
     schedule=schedule,
-    init=learning.init,
-    order=stream.order,
-    batch=stream.batch,
-    step=learning.step,
-    test_order=stream.test_order,
-    evaluate=learning.evaluate,
-    inspect=learning.inspect,
+    init=Late(_LEARNING, "init"),
+    order=Late(_STREAM, "order"),
+    batch=Late(_STREAM, "batch"),
+    step=Late(_LEARNING, "step"),
+    test_order=Late(_STREAM, "test_order"),
+    evaluate=Late(_LEARNING, "evaluate"),
+    inspect=Late(_LEARNING, "inspect"),
     summarize=summarize,
     validate=validate,
     covariates=COVARIATES,

@@ -1,4 +1,4 @@
-"""The task stream: pairs of classes, one task after another, and the data sets it is cut from.
+"""The task stream: pairs of classes, one task after another.
 
 Continual ImageNet as in ajozefiak/CL-transformers (src/data/CI.py, src/experiments/CI_ViT_V1.py): the seed permutes the
 classes and cuts them into families; task k tells the k-th class of one family from the k-th of the other.
@@ -8,33 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trainables import draws
 from trainables.ci_vit.program import Program, schedule
-from trainables.datasets.by_class import first_of_each
-from trainables.datasets.digits import load_digits
-from trainables.datasets.imagenet32 import load_imagenet32
-from trainables.datasets.lop import load_lop
-from trainables.datasets.tinyimagenet32 import load_tinyimagenet32
 from trainables.family import Arrays, dtype_of
 
 TEST_BATCH = 500
-
-
-def load(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    """`train_images` and `test_images`, [classes * images of each class, side, side, channels], class after class.
-
-    Of each class the first images in file order. uint8, or float32 where the set is published so.
-    """
-    return {
-        name: images.reshape(-1, *images.shape[2:])
-        for name, images in _READERS[program.data](program, data_dir, cache_dir).items()
-    }
 
 
 def task_classes(program: Program, seed: int, task: int) -> list[int]:
@@ -106,44 +88,3 @@ def _with_pixels(
         )
         rows["pixels"] = pixels.expand(len(rows["label"]), -1)
     return {name: values.to(device) for name, values in rows.items()}
-
-
-# --- data sets, as [classes, images of each class, side, side, channels] ---------------------------------------------
-
-
-def _digits(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    bundle = load_digits()
-    wanted = program.set.most_train + program.test  # the rarest digit has 174 images: 140 to learn, 34 to test
-    images = first_of_each(bundle["images"][..., None], bundle["labels"], program.set.classes, wanted)
-    return {"train_images": images[:, : program.train], "test_images": images[:, program.set.most_train :]}
-
-
-def _imagenet32(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    return load_imagenet32(data_dir, cache_dir, program.train, program.test)
-
-
-def _lop(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    return load_lop(data_dir, cache_dir, program.train, program.test)
-
-
-def _tinyimagenet32(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    return load_tinyimagenet32(data_dir, cache_dir, program.train, program.test)
-
-
-def _cifar10(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, np.ndarray]:
-    from trainables.datasets.cifar10 import load_cifar10
-
-    flat, classes = load_cifar10(data_dir, cache_dir), program.set.classes
-    return {
-        "train_images": first_of_each(flat["train_images"], flat["train_labels"], classes, program.train),
-        "test_images": first_of_each(flat["test_images"], flat["test_labels"], classes, program.test),
-    }
-
-
-_READERS = {
-    "digits": _digits,
-    "imagenet32": _imagenet32,
-    "lop": _lop,
-    "tinyimagenet32": _tinyimagenet32,
-    "cifar10": _cifar10,
-}

@@ -1,23 +1,46 @@
 """Decode a data set once a node: arrays as .npy files under a folder named by the sources' fingerprint, memory-mapped.
 
-Several processes may ask at once: each builds in a folder of its own and renames it into place, so that a reader sees a
-whole set or none, and the loser of a race throws its copy away.
+Several processes of a node may ask at once: one builds, or downloads, and the others wait for it. What is built is
+renamed into place, so that a reader sees a whole set or none; where the file system has no locks, the loser of a race
+throws its copy away.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from trainables.family import BadValue
+from trainables.files import write_atomically
+
+_watchers: list[set[Path]] = []
+
+
+@contextlib.contextmanager
+def files_read() -> Iterator[set[Path]]:
+    """Collects the source files that loaders use meanwhile (those already decoded too)."""
+    found: set[Path] = set()
+    _watchers.append(found)
+    try:
+        yield found
+    finally:
+        _watchers.remove(found)
+
+
+def note_read(paths: Sequence[Path]) -> None:
+    """A loader's word that what it returns is made of these files."""
+    for found in _watchers:
+        found.update(path.resolve() for path in paths)
 
 
 def cached(
@@ -31,22 +54,41 @@ def cached(
         sources: the files read; their paths, sizes and modification times name the cached copy.
         build: decodes. It raises `BadValue` naming the file at fault; then nothing is left behind.
     """
+    note_read(sources)
     stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
     folder = cache_dir / f"{name}-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
-        try:
-            for key, array in build().items():
-                np.save(scratch / f"{key}.npy", array)
-            try:
-                os.rename(scratch, folder)
-            except OSError:
-                if not folder.is_dir():  # not lost to another process: a real failure
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with _alone(cache_dir, folder.name):
+            if not folder.is_dir():
+                _build(folder, build)
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+
+def _build(folder: Path, build: Callable[[], Mapping[str, np.ndarray]]) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for key, array in build().items():
+            write_atomically(scratch / f"{key}.npy", partial(np.save, arr=array))
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not folder.is_dir():  # not lost to another process: a real failure
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(cache_dir: Path, name: str) -> Iterator[None]:
+    """One process of this node at a time; a process that dies lets the next one in."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(cache_dir / f".{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: made twice, and as good
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def find_files(data_dir: Path | None, folder: str, names: Sequence[str], what: str) -> list[Path]:
@@ -63,8 +105,11 @@ def find_files(data_dir: Path | None, folder: str, names: Sequence[str], what: s
 
 def fetch(cache_dir: Path, url: str, known_hash: str, what: str) -> Path:
     """Download a published file once, checked against its hash ("md5:..." or "sha256:..."). `BadValue` if it fails."""
+    import pooch
+
     try:
-        return Path(pooch.retrieve(url, known_hash, path=cache_dir / "downloads", progressbar=False))
+        with _alone(cache_dir, f"download-{hashlib.sha256(url.encode()).hexdigest()[:12]}"):
+            return Path(pooch.retrieve(url, known_hash, path=cache_dir / "downloads", progressbar=False))
     except Exception as error:  # requests, OS and hash errors alike: the user needs the address and the way around
         raise BadValue(
             f"{what} could not be downloaded from {url} ({type(error).__name__}): put the file in a folder and give "

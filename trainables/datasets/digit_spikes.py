@@ -7,6 +7,8 @@ which units says how bright, when says both where and how bright.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from trainables.datasets.digits import load_digits
@@ -29,9 +31,9 @@ def encode_digit(image: np.ndarray) -> Events:
     return (times[order] / 1000).astype(np.float32), units[order].astype(np.uint16)
 
 
-def load_digit_events() -> tuple[list[Events], np.ndarray, np.ndarray]:
+def load_digit_events(cache_dir: Path | None = None) -> tuple[list[Events], np.ndarray, np.ndarray]:
     """Events, labels int64 and part int64 of all 1,797 digits: every fifth in published order is a test digit (360)."""
-    bundle = load_digits()
+    bundle = load_digits(cache_dir)
     events = [encode_digit(image) for image in bundle["images"]]
     part = (np.arange(len(events)) % 5 == 0).astype(np.int64)
     return events, bundle["labels"].astype(np.int64), part

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from trainables.datasets.cache import find_files
+from trainables.datasets.cache import find_files, note_read
 from trainables.datasets.spikes import Events, write_events
 from trainables.family import BadValue
 
@@ -70,6 +72,7 @@ def fsdd_files(data_dir: Path | None, cache_dir: Path, holdout: str) -> list[Pat
             "speaker": the last speaker is.
     """
     (source,) = find_files(data_dir, "fsdd", ["recordings.npz"], "FSDD (recordings.npz)")
+    note_read([source])
     stat = source.stat()
     folder = cache_dir / f"fsdd-{holdout}-{stat.st_size}-{stat.st_mtime_ns}"
     paths = [folder / "fsdd_train.h5", folder / "fsdd_test.h5"]
@@ -87,13 +90,25 @@ def fsdd_files(data_dir: Path | None, cache_dir: Path, holdout: str) -> list[Pat
     return paths
 
 
+def _columns(source: Path) -> dict[str, np.ndarray]:
+    try:
+        bundle = np.load(source, allow_pickle=False)
+        if not isinstance(bundle, np.lib.npyio.NpzFile):
+            raise ValueError("one array")
+        with bundle:
+            missing = [name for name in FIELDS if name not in bundle]
+            if missing:
+                raise BadValue(f"{source} lacks {', '.join(missing)}: it should hold {', '.join(FIELDS)}")
+            return {name: bundle[name] for name in FIELDS}
+    except BadValue:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadValue(f"{source} is truncated or not a .npz file ({type(error).__name__}): fetch it again") from error
+
+
 def encode_recordings(source: Path, folder: Path, holdout: str) -> None:
     """Write `fsdd_train.h5` and `fsdd_test.h5` into `folder`."""
-    with np.load(source, allow_pickle=False) as bundle:
-        missing = [name for name in FIELDS if name not in bundle]
-        if missing:
-            raise BadValue(f"{source} lacks {', '.join(missing)}: it should hold {', '.join(FIELDS)}")
-        columns = {name: bundle[name] for name in FIELDS}
+    columns = _columns(source)
     ends = np.cumsum(columns["length"].astype(np.int64))
     if len(ends) == 0 or ends[-1] != len(columns["audio"]):
         raise BadValue(f"{source}: the lengths do not add up to the audio's {len(columns['audio'])} samples")

@@ -11,8 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from scipy.io import wavfile
-from scipy.signal import get_window, resample_poly
 
 from trainables.datasets.cache import cached, find_files
 from trainables.family import BadValue
@@ -40,6 +38,8 @@ def mel_filters(count: int, points: int, rate: int = RATE // 2) -> np.ndarray:
 
 def log_mel(audio: np.ndarray, mels: np.ndarray, window: int, hop: int) -> np.ndarray:
     """One clip (float, 16 kHz) -> decibels, float64 [frames, mels]; 1 s gives 8000 // hop + 1 frames."""
+    from scipy.signal import get_window, resample_poly
+
     clip = np.zeros(RATE)
     clip[: min(len(audio), RATE)] = audio[:RATE]
     low = np.pad(resample_poly(clip, 1, 2), window // 2, mode="reflect")
@@ -50,6 +50,8 @@ def log_mel(audio: np.ndarray, mels: np.ndarray, window: int, hop: int) -> np.nd
 
 def read_wav(path: Path) -> np.ndarray:
     """Mono audio in -1..1 at 16 kHz; `BadValue` names a file that is something else."""
+    from scipy.io import wavfile
+
     try:
         rate, audio = wavfile.read(path)
     except (OSError, ValueError) as error:

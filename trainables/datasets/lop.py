@@ -6,6 +6,7 @@ images, then 100 test images of one class. Whole-number images are stored as uin
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,11 @@ def load_lop(
 def _open(path: Path) -> np.ndarray:
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise BadValue(f"{WHAT}: {path} is truncated or not a .npy array: fetch it again") from error
-    if not isinstance(images, np.ndarray) or images.shape != (TRAIN + TEST, 3, 32, 32):
+    if not isinstance(images, np.ndarray):
+        raise BadValue(f"{WHAT}: {path} is an archive, not one .npy array: fetch it again")
+    if images.shape != (TRAIN + TEST, 3, 32, 32):
         raise BadValue(f"{WHAT}: {path} should hold images [700, 3, 32, 32], found {list(images.shape)}")
     if images.dtype not in (np.uint8, np.float16, np.float32, np.float64):
         raise BadValue(f"{WHAT}: {path} should hold uint8 or floating-point images, found {images.dtype}")

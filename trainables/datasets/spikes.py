@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from trainables.datasets.cache import cached, fetch, find_files
@@ -69,6 +68,8 @@ def stack_frames(
 
 def read_events(path: Path, channels: int, classes: int) -> tuple[list[Events], np.ndarray]:
     """Samples and labels (int64) of one file; `BadValue` says what in it is malformed."""
+    import h5py
+
     try:
         with h5py.File(path, "r") as file:
             times, units = file["spikes/times"][:], file["spikes/units"][:]
@@ -93,6 +94,8 @@ def write_events(
     path: Path, samples: Iterable[Events], labels: np.ndarray, extra: Mapping[str, np.ndarray] | None = None
 ) -> None:
     """Write samples in SHD's layout: float16 seconds, uint16 units, uint16 labels, further columns under `extra/`."""
+    import h5py
+
     samples = list(samples)
     with h5py.File(path, "w") as file:
         group = file.create_group("spikes")

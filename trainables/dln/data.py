@@ -58,7 +58,7 @@ def _load_images(program: Program, data_dir: Path | None, cache_dir: Path) -> di
         sets = load_mnist(data_dir, cache_dir)
         train, labels, held_out = sets["train_images"], sets["train_labels"], sets["test_images"]
     else:
-        bundle = load_digits()
+        bundle = load_digits(cache_dir)
         cut = len(bundle["images"]) * 4 // 5
         train, labels, held_out = bundle["images"][:cut], bundle["labels"][:cut], bundle["images"][cut:]
     if program.without_digit >= 0:

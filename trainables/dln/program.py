@@ -219,6 +219,7 @@ _CHOICES = {
     "freeze": ("mask", "detach"),
     "targets": ("softmax", "bits", "real"),
     "target": ("next", "next_row"),
+    "loss": ("ce", "bce", "mse"),
 }
 _POSITIVE = (
     "batch",

@@ -28,7 +28,7 @@ def load(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, 
         return _load_text(program, data_dir, cache_dir)
     images = IMAGE_SETS[program.data]
     if program.data == "digits":
-        digits = load_digits()
+        digits = load_digits(cache_dir)
         cut = sum(images.train)
         parts = {
             "train_images": digits["images"][:cut],

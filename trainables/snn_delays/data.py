@@ -52,7 +52,7 @@ def load(program: Program, data_dir: Path | None, cache_dir: Path) -> dict[str, 
 def _decode(program: Program, data_dir: Path | None, cache_dir: Path) -> Mapping[str, np.ndarray]:
     channels, classes = SETS[program.data][4], SETS[program.data][3]
     if program.data == "digits":
-        events, label, part = load_digit_events()
+        events, label, part = load_digit_events(cache_dir)
         frames = stack_frames(events, program.dt_ms, channels, program.bins, program.max_ms, "digits")
         return {**frames, "label": label, "part": part}
     if program.data == "gsc":

@@ -21,15 +21,15 @@ TEST, VALIDATION, TRAIN = 0, 1, 2
 
 def load(program: Program, data_dir: Path | None, cache_dir: Path) -> Mapping[str, np.ndarray]:
     """train_images uint8 [n, H, W, C], train_labels uint8 [n], test_images, test_labels."""
-    arrays = load_cifar10(data_dir, cache_dir) if program.data == "cifar10" else _digits(side_of(program))
+    arrays = load_cifar10(data_dir, cache_dir) if program.data == "cifar10" else _digits(side_of(program), cache_dir)
     train, test = sizes(program)
     counts = {"train": train + program.holdout, "test": test}
     return {name: array[: counts[name.split("_")[0]]] for name, array in arrays.items()}
 
 
-def _digits(side: int) -> dict[str, np.ndarray]:
+def _digits(side: int, cache_dir: Path | None) -> dict[str, np.ndarray]:
     """The bundled 8x8 digits, every pixel repeated side / 8 times in both directions."""
-    bundle, train = load_digits(), DATA_SETS["digits"].train
+    bundle, train = load_digits(cache_dir), DATA_SETS["digits"].train
     images = bundle["images"].repeat(side // 8, 1).repeat(side // 8, 2)[..., None]
     labels = bundle["labels"]
     return {
