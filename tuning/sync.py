@@ -111,7 +111,10 @@ def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = Non
                     f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
                     f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
-        over = over or not _wait(FOLLOW_SECONDS) or not _alive(follow)
+        if over:
+            time.sleep(FOLLOW_SECONDS)  # the server is away: once more
+        else:
+            over = not _wait(FOLLOW_SECONDS) or not _alive(follow)
 
 
 def _wait(seconds: float) -> bool:
