@@ -160,7 +160,10 @@ def test_a_follower_delivers_at_a_word_and_ends_when_its_driver_hangs_up(undistu
         assert sync.wait() == 0
     (top,) = tree_of(own["tracking_uri"])["sweep"]
     client = MlflowClient(own["tracking_uri"])
-    assert [item.path for item in client.list_artifacts(top.info.run_id, "report")] == ["report/index.html", "report/journal.md"]
+    assert [item.path for item in client.list_artifacts(top.info.run_id, "report")] == [
+        "report/index.html",
+        "report/journal.md",
+    ]
 
 
 def test_delivering_again_changes_nothing_even_if_the_place_is_forgotten(undisturbed, uri):

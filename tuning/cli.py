@@ -349,10 +349,10 @@ def search(
         if resume:
             may_write = only_driver(plan, stack)
             bring_here(plan)
-            plan = ask_again(plan, later)
             for change in check_resume(plan):
                 if not quiet:
                     print(f"warning: since this sweep last ran: {change}", file=sys.stderr)
+            plan = ask_again(plan, later)
         data = check_data(plan)
         if plan.address:
             check_cluster(plan)

@@ -41,6 +41,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "decision": {"trial": str, "config_key": str, "epoch": int, "decision": str},
     "end": {"trial": str, "config_key": str, "stop_reason": str, "epoch": int},
+    "race": {"look": int, "seeds": int, "started": int, "most": int, "beaten": list, "alive": list, "verdict": str},
+    "confirm": {"k": int, "seeds": list, "chosen": list, "ties": list},
     "retry": {"trial": str, "config_key": str, "stop_reason": str},
     "finish": {"reason": str},
 }
@@ -86,7 +88,7 @@ def _problem(event: Event, trials: Mapping[str, str]) -> str:
             if problem:
                 return f"a seed of its report {problem}"
     named = str(event.get("replaces") if kind == "resumed" else event.get("trial"))
-    if kind in FIELDS and kind not in ("proposed", "finish"):
+    if kind != "proposed" and "trial" in FIELDS.get(kind, {}):
         if named not in trials:
             return f"its {kind} speaks of the trial {named[:40]!r}, which was never proposed"
         if kind in ("report", "decision") and trials[named] == "end":

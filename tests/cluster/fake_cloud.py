@@ -38,7 +38,8 @@ CONFIG = {
     **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), ()),
     **{f"{name}_commands": [] for name in NOTHING_TO_DO},
     "idle_timeout_minutes": 0.05,
-    "provider": {"type": "fake_multinode"},
+    # all nodes are on one address: what they do is told apart by their ids
+    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_launch_config_check": True},
     "auth": {"ssh_user": "nobody"},
     "head_node_type": "ray.head.default",
     "available_node_types": {
