@@ -186,6 +186,8 @@ class Postgres:
         )  # fmt: skip
 
     def _pids(self) -> list[int]:
+        if self._process is None or self._process.poll() is not None:
+            return []
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [self.pid, *map(int, children)]
 
@@ -257,8 +259,9 @@ class MlflowServer:
             self.kill()
 
     def _signal(self, number: int) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
+        """To its whole group; to nobody once it has ended, for then the number may be another's."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def _healthy(self) -> bool:
         try:

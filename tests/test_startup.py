@@ -7,11 +7,10 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from lanes.host import Pool, Slot
+from lanes.placement import Placement, Slot
 from trainables.family import Family, Late, Schedule, load_family
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +36,13 @@ FRAMES = {"pandas", "pyarrow"}  # ray.tune imports both itself
         ),
         (
             "the driver of a random or grid search",
-            "import tuning.recorder, tuning.resume, tuning.searchers, tuning.trial, tuning.ramp, lanes.host",
+            "import tuning.recorder, tuning.resume, tuning.searchers, tuning.trial, tuning.ramp, lanes.pool",
             {"mlflow", *TRAINING, *STATISTICS, *SEARCHERS},
         ),
         ("a trial", "import tuning.trial", {"mlflow", *TRAINING, *STATISTICS, *SEARCHERS}),
         (
             "the pool, with the settings it hands on to hosts",
-            "import lanes.host, tuning.runner",
+            "import lanes.pool, tuning.runner",
             {"ray.tune", "mlflow", *TRAINING, *STATISTICS, *SEARCHERS, *FRAMES},
         ),
         (
@@ -91,12 +90,8 @@ def test_a_late_function_is_found_when_it_is_asked_for():
 
 def test_an_idle_core_is_used_but_a_gpu_compiles_a_program_only_for_much_work():
     for kind, expected in (("cpu", {"a", "b"}), ("cuda", {"a"})):
-        pool = Pool.__new__(Pool)
-        first, second = (Slot(node, node, kind, 0) for node in "ab")
-        pool._look = lambda: None  # type: ignore[method-assign]
-        pool._hosts = {first: SimpleNamespace(name="a"), second: SimpleNamespace(name="b")}
-        pool._loads = {first: 0, second: 0}
-        pool._programs = {first: {}, second: {}}
-        pool._placed = {}
-        placed = [pool.place(f"token{i}", "program", 1) for i in range(2)]
-        assert {host.name for host, _ in filter(None, placed)} == expected
+        placement = Placement()
+        for node in "ab":
+            placement.add(Slot(node, node, kind, 0))
+        placed = [placement.place(f"token{i}", "program", 1) for i in range(2)]
+        assert {slot.node for slot in filter(None, placed)} == expected
