@@ -27,7 +27,8 @@ import tempfile
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,10 @@ def main(
     with tempfile.TemporaryDirectory(prefix="lw") as scratch, cluster(nodes, scratch) as address:
         for size in map(int, trials.split(",")):
             storage = Path(scratch) / "sweeps"
+            said = {"nodes": nodes, "scheduler": scheduler, "searcher": searcher, "seeds": seeds}
+            said |= {"concurrent": concurrent}
+            path = out / f"{scheduler}-{searcher}-{concurrent or 'auto'}-{size}.json"
+            save = partial(write, path, said)
             found = measure(
                 storage,
                 f"of{size}",
@@ -81,14 +86,16 @@ def main(
                 f"--scheduler {scheduler} --searcher {searcher} --seeds {seeds} --set epochs={epochs} "
                 f"--max-concurrent {concurrent} --tracking-uri {AWAY}".split(),
                 deliver,
+                save,
             )
-            found |= {"nodes": nodes, "scheduler": scheduler, "searcher": searcher, "seeds": seeds}
-            found |= {"concurrent": concurrent}
-            path = out / f"{scheduler}-{searcher}-{concurrent or 'auto'}-{size}.json"
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            save(found)
             print(summary(found), flush=True)
             if keep:
                 shutil.copytree(storage / f"of{size}", out / f"of{size}", dirs_exist_ok=True)
+
+
+def write(path: Path, said: dict[str, Any], found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found | said, indent=1) + "\n")
 
 
 class cluster:
@@ -113,8 +120,16 @@ class cluster:
         self._cluster.shutdown()
 
 
-def measure(storage: Path, name: str, address: str, trials: int, arguments: list[str], deliver: bool) -> dict[str, Any]:
-    """Run one sweep and what comes after it."""
+def measure(
+    storage: Path,
+    name: str,
+    address: str,
+    trials: int,
+    arguments: list[str],
+    deliver: bool,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Run one sweep and what comes after it; `save` what is known of it as soon as it is."""
     command = [sys.executable, "-m", "tests.toys.tune_toy", "demo", "--engine", "stacked", "--lanes", "8", "--quiet"]
     command += ["--trials", str(trials), "--name", name, "--storage", str(storage), "--address", address, *arguments]
     folder = storage / name
@@ -127,6 +142,7 @@ def measure(storage: Path, name: str, address: str, trials: int, arguments: list
     found["timing"] = json.loads((folder / "timing.json").read_text())
     found["reports"] = (folder / "journal.jsonl").read_bytes().count(b'"event": "report"')
     found["files"] = {kind: files(folder / kind) for kind in sorted(os.listdir(folder))}
+    save(found)
     mine = [sys.executable, str(Path(__file__).resolve()), "--side", str(folder)]
     found["replay"] = json.loads(subprocess.run(mine, check=True, capture_output=True, env=environment()).stdout)
     report = ["-m", "analysis", "report", name, "--storage", str(storage)]
@@ -205,8 +221,8 @@ def replay_seconds(folder: Path) -> dict[str, float]:
     for event in past.events:
         table.apply(event)
     rows = time.perf_counter()
-    table.write(folder / "again.parquet")
-    (folder / "again.parquet").unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        table.write(Path(scratch))
     return {
         "events": len(past.events),
         "wall": rows - wall,

@@ -60,11 +60,16 @@ def main(
 ) -> None:
     """Print the tables, and draw the figure beside them."""
     found = [json.loads(path.read_text()) | {"file": path.stem} for path in sorted(results.glob("*.json"))]
-    found.sort(key=lambda f: (f["file"].startswith("before"), f["scheduler"], f["concurrent"], f["trials"]))
+    found.sort(key=lambda f: (earlier(f), f["scheduler"], f["concurrent"], f["trials"]))
     text = "\n".join([*measured(found), "", *extrapolated(found)]) + "\n"
     (results.parent / "scaling.md").write_text(text)
     print(text)
     figure(found, results.parent / "scaling.png")
+
+
+def earlier(found: dict[str, Any]) -> str:
+    """ "before" or "between" for results of an earlier state of the code, which their files are named after."""
+    return next((state for state in ("before", "between") if found["file"].startswith(state)), "")
 
 
 def search_of(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,7 +112,7 @@ def measured(found: list[dict[str, Any]]) -> list[str]:
         curves = [files[kind] for kind in ("steps", "epochs") if kind in files]
         delivered = f.get("delivery", {}).get("wall")
         lines.append(
-            f"| {'before, ' if f['file'].startswith('before') else ''}{f['scheduler']} | {f['trials']:,} "
+            f"| {earlier(f)} {f['scheduler']} | {f['trials']:,} "
             f"| {f['reports']:,} "
             f"| {f['concurrent'] or 2 * f['nodes']} | {r['driver']:.1f} | {r['trials']:.1f} | {r['pool']:.1f} "
             f"| {r['hosts']:.1f} | {r['per_second']:.1f} | {r['MiB']:.0f} | {r['KiB a trial']:.0f} "
@@ -122,8 +127,13 @@ def measured(found: list[dict[str, Any]]) -> list[str]:
 
 def costs(found: list[dict[str, Any]]) -> tuple[float, float]:
     """Driver milliseconds (of a trial, of a report): from the largest ASHA sweep and one with four reports a trial."""
-    few = max((f for f in found if f["scheduler"] == "asha" and "before" not in f["file"]), key=lambda f: f["trials"])
-    many = next(f for f in found if f["scheduler"] == "none")
+    pruned = [f for f in found if f["scheduler"] == "asha" and not earlier(f)]
+    if not pruned:
+        raise SystemExit("no sweep of this state of the code here: run benchmarks/scaling.py first")
+    few = max(pruned, key=lambda f: f["trials"])
+    many = next((f for f in found if f["scheduler"] == "none"), None)
+    if many is None:
+        raise SystemExit("no sweep without pruning here: run benchmarks/scaling.py --scheduler none first")
     one, four = few["reports"] / few["trials"], many["reports"] / many["trials"]
     report = (rates(many)["driver"] - rates(few)["driver"]) / (four - one)
     return rates(few)["driver"] - one * report, report
@@ -162,7 +172,7 @@ def figure(found: list[dict[str, Any]], path: Path) -> None:
         samples = [s for s in f["samples"] if first["at"] <= s["at"] <= last["at"] and "driver" in s["MiB"]]
         ended = [s["ended"] for s in samples]
         name = f"{f['scheduler']}, {f['trials']:,} trials, {f['concurrent'] or 2 * f['nodes']} in flight"
-        style = {"linestyle": "--", "label": f"before: {name}"} if "before" in f["file"] else {"label": name}
+        style = {"linestyle": "--", "label": f"{earlier(f)}: {name}"} if earlier(f) else {"label": name}
         left.plot(ended, [s["seconds"]["driver"] for s in samples], **style)
         right.plot(ended, [s["MiB"]["driver"] for s in samples], **style)
     left.set(xlabel="configs ended", ylabel="processor seconds of the driver", xscale="log", yscale="log")
