@@ -29,7 +29,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
 
 Matrix = NDArray[np.float64]
 
@@ -135,6 +134,8 @@ def play(scores: Matrix, first: int, margin: float | None = None, alpha: float =
 
 def _beats(scores: Matrix) -> Matrix:
     """One-sided p that row i is better than row j; 1 on the diagonal."""
+    from scipy.special import stdtr  # only a race needs it, and every command would wait for it
+
     gaps = scores[:, None, :] - scores[None, :, :]
     n = scores.shape[1]
     mean, spread = gaps.mean(2), gaps.std(2, ddof=1)
@@ -146,6 +147,8 @@ def _beats(scores: Matrix) -> Matrix:
 
 def _lead(gaps: Matrix, share: float) -> float:
     """Upper confidence bound of the mean of `gaps`."""
+    from scipy.special import stdtrit
+
     n, spread = len(gaps), float(gaps.std(ddof=1))
     if spread <= 1e-12 * (1 + abs(float(gaps.mean()))):
         return float(gaps.mean()) if 0.5**n <= share else math.inf
