@@ -72,10 +72,13 @@ def report(
     files, text = made.files, None
     if journal:
         from analysis.journal import write_journal
+        from analysis.mlflow_link import fitting
 
         path = write_journal(storage, name, metric)
         print(path)
         files, text = [*files, path], path.read_text(encoding="utf-8")
+        # for the sweep's own recorder, which sets it on the run
+        (made.page.parent / "description.md").write_text(fitting(text), encoding="utf-8")
     log(storage, name, tracking_uri, files, text)
 
 

@@ -13,7 +13,9 @@ from urllib.parse import urlparse
 
 from analysis.errors import UserError
 from analysis.store import Sweep
-from tuning.mlflow_page import fitting
+
+DESCRIPTION = 8000
+"""MLflow's longest tag value, characters."""
 
 PATIENCE = 3.0
 """Seconds to wait for a tracking server to answer; MLflow itself would retry for minutes."""
@@ -74,6 +76,26 @@ def log_to_sweep_run(
     for file in files:
         client.log_artifact(run_id, str(file), folder)
     return run_id
+
+
+def fitting(text: str, limit: int = DESCRIPTION) -> str:
+    """A journal cut to `limit` characters: first the list of runs from its end, then the text's middle."""
+    lines = text.split("\n")
+    lines[0] = re.sub(r"^# (.*)$", r"**\1**", lines[0])  # MLflow sets a title's lines on top of one another
+    left_out = 0
+    end = next((i for i, line in enumerate(lines) if line == "Observations:"), len(lines))
+    listed = [i for i, line in enumerate(lines[:end]) if line.startswith("- ")]
+    size = len(text) + 60
+    while size > limit and len(listed) > 5:
+        size -= len(lines.pop(listed.pop())) + 1
+        left_out += 1
+    if left_out:
+        lines.insert(listed[-1] + 1, f"- ... {left_out} more lines in the artifact report/journal.md")
+    cut = "\n".join(lines)
+    if len(cut) <= limit:
+        return cut
+    half = (limit - 60) // 2
+    return f"{cut[:half]}\n... (all of it: the artifact report/journal.md)\n{cut[-half:]}"
 
 
 def _sweep_run(client: Any, name: str, uri: str) -> str:

@@ -20,7 +20,7 @@ MAY_USE = {
 }
 """Room -> rooms it may import."""
 
-BESIDES = {"analysis": ("tuning.mirror", "tuning.mlflow_page")}
+BESIDES = {"analysis": ("tuning.mirror",)}
 """Room -> single modules it may import as well: how to read sweeps that are in object storage."""
 
 ONLY_IN = {

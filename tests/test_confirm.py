@@ -128,7 +128,9 @@ def test_mlflow_tells_phases_apart(raced):
     assert top.data.tags["result_config_key"] == first["config_key"]
     assert top.data.metrics["result/test_loss"] == pytest.approx(fresh.mean()[first["config_key"]])
     assert top.data.metrics["result/test_loss_sd"] == pytest.approx(fresh.std()[first["config_key"]])
-    assert top.data.metrics["best/test_loss"] == raced.runs[raced.runs.phase != "confirm"]["final.test_loss"].min()
+    chosen_by = raced.runs[(raced.runs.phase != "confirm") & (raced.runs.stop_reason == "finished")]
+    means = chosen_by.groupby("config_key")["final.test_loss"].mean()
+    assert top.data.metrics["best/test_loss"] == pytest.approx(means.min())
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,14 @@ def test_mlflow_tells_phases_apart(raced):
     ],
 )
 def test_what_cannot_be_asked_of_a_finished_sweep_is_one_line(raced, capfd, asked, told):
-    before = tree(raced.folder)
+    before = contents(raced)
     assert told in refused(["--resume", "raced", *asked], raced.folder.parent, capfd)
-    assert tree(raced.folder) == before
+    assert contents(raced) == before
+
+
+def contents(swept: Swept) -> dict[str, bytes]:
+    """Everything but the lock, which says who held it last."""
+    return {name: data for name, data in tree(swept.folder).items() if name != "driver.lock"}
 
 
 @pytest.mark.heavy

@@ -204,7 +204,8 @@ def test_list_and_help_run(monkeypatch):
         assert "(default)" in done.stdout
     done = subprocess.run([sys.executable, "tune_ci_vit.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    documented = {word for page in PAGES for word in re.findall(r"(?<=`)--[a-z-]+", page.read_text())}
+    pages = [page for page in PAGES if page.name != "benchmarks.md"]  # which speaks of the benchmarks' own flags
+    documented = {word for page in pages for word in re.findall(r"(?<=`)--[a-z-]+", page.read_text())}
     known = set(re.findall(r"--[a-z-]+", done.stdout)) | analysis_flags()
     assert documented <= known, sorted(documented - known)
 

@@ -415,10 +415,11 @@ def test_a_program_that_means_something_else_is_refused(begun, tmp_path, monkeyp
         schedule = toy.FAMILY.schedule
         longer = lambda program: replace(schedule(program), epochs=12, epochs_per_task=12)
         monkeypatch.setattr(toy, "FAMILY", replace(toy.FAMILY, schedule=longer))
-    plan = SweepPlan.load(begun.folder)
     with pytest.raises(BadValue) as caught:
-        check(plan, load_plain(begun.folder), tmp_path)
-    told = {"default": "width 8 -> 9", "field": "cannot be made any more", "length": "epochs of a run 9 -> 12"}[change]
+        check(SweepPlan.load(begun.folder), load_plain(begun.folder), tmp_path)
+    told = {"default": "width 8 -> 9", "field": "this code reads it no more", "length": "epochs of a run 9 -> 12"}[
+        change
+    ]
     assert told in str(caught.value)
     assert "begin a new sweep" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ VALUES = [0.5, 0.1, 0.9, 0.4, 0.8, 0.2]  # of six configs, at their first rung
 
 def feed(scheduler, trial: str, value: float, progress: float) -> str:
     result = {"progress": progress, "test_loss": value, "epoch": int(progress), "done": False}
-    return scheduler.on_trial_result(None, SimpleNamespace(trial_id=trial), result)
+    return scheduler.on_trial_result(None, SimpleNamespace(trial_id=trial, config={}), result)
 
 
 def write_sweep(plan: SweepPlan, scheduler) -> list[dict]:
@@ -33,7 +33,7 @@ def write_sweep(plan: SweepPlan, scheduler) -> list[dict]:
     for i, value in enumerate(VALUES):
         trial = f"t{i}"
         config = proposer.suggest(trial)
-        scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial))
+        scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial, config={}))
         for progress, epoch in ((1.0, 1), (3.0, 3), (9.0, 9)):
             done = progress == 9.0
             per_seed = {
@@ -215,6 +215,9 @@ class Member:
     trial_id: str
     config: dict
     experiment_tag: str = ""
+    run_metadata = SimpleNamespace(
+        checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+    )
 
     def is_finished(self) -> bool:
         return False

@@ -124,7 +124,7 @@ def test_hyperopt_s_log_whole_numbers_reach_both_ends():
 
 
 def test_optuna_is_told_the_truth():
-    source = OptunaSource(SPACES["ranges"], "min", 0, startup=5)
+    source = OptunaSource(SPACES["ranges"], ["min"], 0, startup=5)
     for trial in ("done", "pruned", "diverged", "running"):
         source.ask(trial)
     source.report("done", 1.0, 0.5)

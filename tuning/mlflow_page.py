@@ -7,7 +7,6 @@ does not know the tag shows its own default. `benchmarks/mlflow_ui.py` looks at 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -16,9 +15,6 @@ VIEW = "lanewise"
 """The saved view's key: `.../runs?viewStateShareKey=lanewise` opens it."""
 
 MOST_AXES = 8
-
-DESCRIPTION = 8000
-"""MLflow's longest tag value, characters."""
 
 
 def page_tags(plain: Mapping[str, Any]) -> dict[str, str]:
@@ -49,23 +45,3 @@ def columns(plain: Mapping[str, Any]) -> list[str]:
 def varied(space: list[Mapping[str, Any]]) -> list[str]:
     """Params that the axes of a plain space make: the field an axis sets; for named arms the axis itself."""
     return list(dict.fromkeys(axis.get("sets") or axis["name"] for axis in space))
-
-
-def fitting(text: str, limit: int = DESCRIPTION) -> str:
-    """A journal cut to `limit` characters: first the list of runs from its end, then the text's middle."""
-    lines = text.split("\n")
-    lines[0] = re.sub(r"^# (.*)$", r"**\1**", lines[0])  # MLflow sets a title's lines on top of one another
-    left_out = 0
-    end = next((i for i, line in enumerate(lines) if line == "Observations:"), len(lines))
-    listed = [i for i, line in enumerate(lines[:end]) if line.startswith("- ")]
-    size = len(text) + 60
-    while size > limit and len(listed) > 5:
-        size -= len(lines.pop(listed.pop())) + 1
-        left_out += 1
-    if left_out:
-        lines.insert(listed[-1] + 1, f"- ... {left_out} more lines in the artifact report/journal.md")
-    cut = "\n".join(lines)
-    if len(cut) <= limit:
-        return cut
-    half = (limit - 60) // 2
-    return f"{cut[:half]}\n... (all of it: the artifact report/journal.md)\n{cut[-half:]}"

@@ -231,6 +231,7 @@ def _search(
         recorder = Recorder(plan, journal, table, progress)
         for event in past.events:
             recorder.apply(event)
+        followup = Followup(plan, table.rows, recorder.write, past.events)
         past.events.clear()  # of a long sweep they are many
         scheduler.on_decision = recorder.on_decision
         if isinstance(scheduler, Pbt):
@@ -241,7 +242,6 @@ def _search(
         recorder.discard_ended()
         if retry and not past.retried:
             progress.say("no config crashed, ran out of memory or diverged: there is nothing to retry")
-        followup = Followup(plan, table.rows, recorder.write, past.events)
         stopping = Stopping(plan.time_budget, plan.budget)
         stopping.save = lambda: ray.get(pool.save.remote(), timeout=SAVE_SECONDS)  # type: ignore
         recorder.on_event = stopping.apply

@@ -275,7 +275,10 @@ class SweepPlan:
             raise BadValue(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-            raise BadValue(f"{path} is damaged ({' '.join(why.split())[:200]}): it cannot be resumed") from error
+            raise BadValue(
+                f"{path} is damaged, or this code reads it no more ({' '.join(why.split())[:200]}): it cannot be resumed, "
+                "begin a new sweep"
+            ) from error
 
     def checked(self) -> SweepPlan:
         """Itself, or `BadValue` where no sweep could be so: what was read from a file is not believed."""

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from trainables.files import write_atomically
 from tuning.aggregates import config_values, cost_tags, pareto_front, result, summary
 from tuning.journal import Event, read
-from tuning.mlflow_page import fitting, page_tags
+from tuning.mlflow_page import page_tags
 from tuning.objectives import COSTS, searched, value
 from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
@@ -235,7 +235,9 @@ class Tracker:
         journal = self._folder / "journal.md"
         if journal.is_file():
             self._client.log_artifact(run, str(journal), "report")
-            self._client.set_tag(run, "mlflow.note.content", fitting(journal.read_text(encoding="utf-8")))
+        description = self._folder / "report" / "description.md"
+        if description.is_file():
+            self._client.set_tag(run, "mlflow.note.content", description.read_text(encoding="utf-8"))
 
     # --- runs ---
 
@@ -414,7 +416,9 @@ class Tracker:
         self._metrics(self._id("run", key), values, _milliseconds(row), epoch)
         logged[key] = epoch
         whole = self._gather(row)
-        names = [name for name in self._plain["metrics"] if whole and all(r.get(name) is not None for r in whole)]
+        # the objective's own curve is of the config's reports, which it was judged by
+        others = [name for name in self._plain["metrics"] if name != self._plain["metric"]]
+        names = [name for name in others if whole and all(r.get(name) is not None for r in whole)]
         means = {name: math.fsum(r[name] for r in whole) / len(whole) for name in names}
         if means:
             run = self._id("config", row["config_key"])
