@@ -276,8 +276,8 @@ class SweepPlan:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
             raise BadValue(
-                f"{path} is damaged, or this code reads it no more ({' '.join(why.split())[:200]}): it cannot be resumed, "
-                "begin a new sweep"
+                f"{path} is damaged, or this code reads it no more ({' '.join(why.split())[:200]}): "
+                "it cannot be resumed, begin a new sweep"
             ) from error
 
     def checked(self) -> SweepPlan:
