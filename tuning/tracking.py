@@ -94,7 +94,9 @@ class Tracker:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             uri = tracking_uri(self._folder, self._plain)
-            location = (self._folder.parent / "artifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
+            # a database without a server has nowhere for files: MLflow would put them below the working directory
+            server = uri.startswith(("http:", "https:"))
+            location = None if server else (self._folder.parent / "artifacts").resolve().as_uri()
             # the tag opens MLflow's page for training runs; without it version 3 takes an experiment for a GenAI one
             kind = {"mlflow.experimentKind": "custom_model_development"}
             identity = self._client.create_experiment(name, artifact_location=location, tags=kind)
