@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import json
 import shutil
 
 import numpy as np
@@ -181,7 +182,10 @@ def of(events: list, phase: str) -> set[str]:
 def once(tmp_path_factory, undisturbed) -> Swept:
     """A sweep that had finished, its best config confirmed on two seeds."""
     storage = tmp_path_factory.mktemp("once")
-    shutil.copytree(undisturbed.folder, storage / "whole")
+    folder = shutil.copytree(undisturbed.folder, storage / "whole")
+    plain = json.loads((folder / "sweep.json").read_text())  # a record of its own: other tests read the first one's
+    (folder / "sweep.json").write_text(json.dumps(plain | {"tracking_uri": f"sqlite:///{storage / 'mlflow.db'}"}))
+    (folder / "tracking.json").unlink(missing_ok=True)
     return sweep(storage, "whole", "--resume", "whole", "--confirm", "1", "--confirm-seeds", "2")
 
 
