@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, compile_lanes, send, stack_metrics, tree_map
+from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics, tree_map
 from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
@@ -109,7 +109,7 @@ class BranchedEngine(Engine):
         for key, lane_rows in zip(keys, rows, strict=True):
             slot = self._slot_of[key]
             placed = {name: send(row, self.device) for name, row in lane_rows.items()}
-            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(placed.items()))
+            shapes = shapes_of(placed)
             if shapes not in slot.graphed_sums:
                 slot.graphed_sums[shapes] = self._capture_sums(slot, placed)
             slot.stream.wait_stream(main)

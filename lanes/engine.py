@@ -243,8 +243,7 @@ class Engine(ABC):
             lane = self.lanes[key]
             epoch = lane.step // self.schedule.steps_per_epoch - 1
             rows = self._order("test_order", lane, epoch)
-            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(rows.items()))
-            alike.setdefault(shapes, []).append((key, rows))
+            alike.setdefault(shapes_of(rows), []).append((key, rows))
         groups = []
         for group in alike.values():
             together = tuple(key for key, _ in group)
@@ -326,6 +325,11 @@ def compile_lanes(function: Callable, **options: Any) -> Callable:
     torch._dynamo.config.accumulated_recompile_limit = 65536
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False, **options)
+
+
+def shapes_of(rows: Mapping[str, Tensor]) -> tuple:
+    """Names and shapes: what evaluations that can be done together, or by one graph, have in common."""
+    return tuple((name, tuple(row.shape)) for name, row in sorted(rows.items()))
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Out = TypeVar("Out")
 LONGEST = 64
 """Steps of the longest graph: enough to hide launching, few enough to capture quickly."""
 
@@ -36,12 +37,7 @@ class GraphedSteps:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         before = [tensor.clone() for tensor in changed]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles, tunes, and lets allocations settle before anything is captured
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
+        _warm_up(self._step)
         for tensor, old in zip(changed, before, strict=True):
             tensor.copy_(old)
         torch.cuda.synchronize()
@@ -93,13 +89,7 @@ class GraphedSums:
         def sums() -> dict[str, Tensor]:
             return evaluate({name: r.index_select(dim, self._position).squeeze(dim) for name, r in self._rows.items()})
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                first = sums()
-        torch.cuda.current_stream().wait_stream(side)
-        self._totals = {name: torch.zeros_like(value) for name, value in first.items()}
+        self._totals = {name: torch.zeros_like(value) for name, value in _warm_up(sums).items()}
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
@@ -116,3 +106,14 @@ class GraphedSums:
         for _ in range(self._batches):
             self._graph.replay()
         return {name: total.clone() for name, total in self._totals.items()}
+
+
+def _warm_up(work: Callable[[], Out]) -> Out:
+    """Work on a stream of its own: compiles, tunes, and lets allocations settle before anything is captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            out = work()
+    torch.cuda.current_stream().wait_stream(side)
+    return out

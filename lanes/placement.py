@@ -1,4 +1,4 @@
-"""Which device a config trains on: the rule, without Ray. `lanes.host.Pool` starts hosts and asks here.
+"""Which device a config trains on: the rule, without Ray. `lanes.pool.Pool` starts hosts and asks here.
 
 A device's load is counted in lanes over its speed, the trial-steps a second that its host measured for the program. So
 devices of different kinds get lanes in proportion to their speeds. Two rules:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lanes.engine import Engine, Lane, compile_lanes, send, stack_metrics, tree_map
+from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics, tree_map
 from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
@@ -193,7 +193,7 @@ class StackedEngine(Engine):
             columns = list(range(len(keys)))
         stacked = {name: send(torch.stack([lane_rows[name] for lane_rows in rows]), self.device) for name in rows[0]}
         if self.compiled and self.device.type == "cuda":
-            shapes = tuple((name, tuple(row.shape)) for name, row in sorted(stacked.items()))
+            shapes = shapes_of(stacked)
             if shapes not in self._graphed_sums:
                 evaluate = lambda row: self._stacked_evaluate(self._states, self._hypers, row)
                 self._graphed_sums[shapes] = GraphedSums(evaluate, stacked, 1)
