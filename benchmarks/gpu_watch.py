@@ -6,6 +6,7 @@ ran. So idle time is seen; a kernel that fills a hundredth of the card counts as
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -15,6 +16,16 @@ from typing import Any
 PERIOD = 0.2
 Sample = tuple[float, list[float], list[float]]
 """(time, utilisation of each GPU in 0..1, memory in use on each in MiB)."""
+
+
+def visible_gpus() -> list[str]:
+    """Names by which a child process can be left a GPU: what CUDA_VISIBLE_DEVICES leaves this one, else all."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def reader() -> tuple[str, Callable[[], tuple[list[float], list[float]]] | None]:
@@ -50,10 +61,10 @@ def reader() -> tuple[str, Callable[[], tuple[list[float], list[float]]] | None]
 class Watch:
     """`with Watch() as watch: ...` samples in a thread; `watch.summary(first, last)` afterwards."""
 
-    def __init__(self, gpus: int = 1) -> None:
+    def __init__(self, gpus: list[int]) -> None:
         self.source, self._read = reader()
         self.samples: list[Sample] = []
-        self._gpus = gpus
+        self._gpus = gpus  # as the driver counts them, whatever CUDA_VISIBLE_DEVICES says
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -71,7 +82,7 @@ class Watch:
         assert self._read is not None
         while not self._stop.wait(PERIOD):
             used, memory = self._read()
-            self.samples.append((time.time(), used[: self._gpus], memory[: self._gpus]))
+            self.samples.append((time.time(), [used[i] for i in self._gpus], [memory[i] for i in self._gpus]))
 
     def summary(self, first: float | None, last: float | None) -> dict[str, Any]:
         """Idle share over the whole time and from `first` to `last`; largest memory in use on a GPU."""

@@ -33,7 +33,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
-from benchmarks.gpu_watch import Watch
+from benchmarks.gpu_watch import Watch, visible_gpus
 from benchmarks.workloads import WORKLOADS, Job, job_of, text_of
 from trainables.family import BadValue
 
@@ -141,6 +141,7 @@ class Bench:
         self.work = (work or Path(tempfile.gettempdir()) / f"lanewise-bench-{os.getuid()}").resolve()
         os.environ["LANEWISE_CACHE"] = str(self.work / "cache")
         self.device = device or ("cuda" if _has_gpu() else "cpu")
+        self.visible = [int(name) for name in visible_gpus()[:gpus]] if self.device == "cuda" else []
         precision = precision or ("bf16" if self.device == "cuda" else "float32")
         self.data_dir = data_dir.resolve() if data_dir else None
         before = self._cached()
@@ -213,7 +214,7 @@ class Bench:
             "reuse": self.reuse,
             "deadline": time.time() + self.cap if self.cap else 0.0,
         }
-        with Watch(self.gpus) as watch:
+        with Watch(self.visible) as watch:
             found, error, wall = self._module("benchmarks.tune_arm", spec)
         notes = [[line.split() for line in path.read_text().splitlines()] for path in progress.iterdir()]
         done = sum(float(lines[-1][1]) for lines in notes if lines)
@@ -235,7 +236,7 @@ class Bench:
         command += ["--lanes", "auto", "--quiet", "--name", "bench", "--storage", str(storage)]
         if self.cap:  # a sweep's own limit counts from the search; starting and reporting take the rest
             command += ["--time-budget", str(max(5.0, self.cap - 25))]
-        with Watch(self.gpus) as watch:
+        with Watch(self.visible) as watch:
             error, wall = self._process(command)
         folder = storage / "bench"
         timing = folder / "timing.json"
@@ -351,7 +352,7 @@ class Bench:
         if self.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         else:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(self.gpus)))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.visible))
         log = self.work / "last.log"
         begun = time.perf_counter()
         with open(log, "w") as file:

@@ -20,8 +20,9 @@ included. `tune K`: Ray Tune, K trials a device, the family as an ordinary eager
 
 A capped arm was stopped there: its rate is of the trial-steps it had done. ASHA stops other configs in other arms, so
 that rates compare and wall times only roughly do; a config has reported once it reached its first rung. `warm`: between
-the first and the last end of an epoch. `GPU idle`: NVML's share of time without any kernel, meanwhile; a small kernel
-counts as busy.
+the first and the last end of an epoch; `x warm tune 1`: a whole sweep's rate against the warm rate of `tune 1`, whose
+start-up is forgiven (the longer a sweep, the nearer the two columns). `GPU idle`: NVML's share of time without any
+kernel, meanwhile; a small kernel counts as busy.
 """
 
 
@@ -75,15 +76,15 @@ def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:
     shared = [row for name, row in good.items() if name.startswith("tune") and name != "tune1"]
     best = max(shared, key=lambda row: row["trial_steps_per_s"], default=None)
     lines = [
-        "| arm | wall s | configs reported | trial-steps | trial-steps/s | warm | x tune 1 | x best shared | GPU idle "
-        "| peak GiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | wall s | configs reported | trial-steps | trial-steps/s | warm | x tune 1 | x warm tune 1 "
+        "| x best shared | x its warm | GPU idle | peak GiB |",
+        f"{'|---' * 12}|",
     ]
     order = lambda item: (item[0].startswith("lanewise"), len(item[0]), item[0])
     for name, row in sorted(sweeps.items(), key=order):
         label = SHOWN.get(name, name.replace("tune", "tune "))
         if name not in good:
-            lines.append(f"| {label} | failed: {row['error'][:120]} | | | | | | | | |")
+            lines.append(f"| {label} | failed: {row['error'][:120]} {'| ' * 11}|")
             continue
         rate, gpu = row["trial_steps_per_s"], row.get("gpu") or {}
         cells = [
@@ -94,7 +95,9 @@ def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:
             f"{rate:,.1f}",
             number(row["warm_steps_per_s"], "{:,.1f}"),
             number(alone and rate / alone["trial_steps_per_s"], "{:.1f}"),
+            number(alone and alone["warm_steps_per_s"] and rate / alone["warm_steps_per_s"], "{:.1f}"),
             number(best and rate / best["trial_steps_per_s"], "{:.1f}"),
+            number(best and best["warm_steps_per_s"] and rate / best["warm_steps_per_s"], "{:.1f}"),
             number(gpu.get("idle_warm"), "{:.0%}"),
             number(gpu.get("peak_MiB") and gpu["peak_MiB"] / 1024, "{:.1f}"),
         ]

@@ -26,6 +26,8 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script is imported from its own folder; the packages stand one above
+from benchmarks.gpu_watch import visible_gpus  # noqa: E402
+
 LEARNING_RATES = [round(10 ** (-1.5 - 2.5 * i / 63), 7) for i in range(64)]
 
 
@@ -82,12 +84,7 @@ def visible(cpu: bool) -> list[str]:
     """Names by which a child process can be left a device."""
     if cpu:
         return [str(core) for core in sorted(os.sched_getaffinity(0))]
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name]
-    import torch
-
-    return [str(index) for index in range(torch.cuda.device_count())]
+    return visible_gpus()
 
 
 def search(command: list[str], devices: list[str], cpu: bool, scratch: Path, name: str) -> tuple[float, float]:
