@@ -84,5 +84,5 @@ def write(storage: Path, name: str, configs: int, seeds: int, epochs: int = 24, 
     writer.flush(force=True)
     for event, _ in read(plan.folder / "journal.jsonl"):
         table.apply(event)
-    table.write(plan.folder / "runs.parquet")
+    table.write(plan.folder)
     return plan.folder
