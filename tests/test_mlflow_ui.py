@@ -78,7 +78,8 @@ def test_the_chart_view_of_two_configs_shows_their_curves(shown):
 
     pages.charts([run.info.run_id for run in two])
     pages.page.get_by_placeholder("Search metric charts").fill("^test_acc$")
-    expect(pages.page.get_by_role("heading", level=4)).to_have_text(["test_acc"], timeout=60_000)  # the other charts have gone
+    charts = pages.page.get_by_role("heading", level=4)
+    expect(charts).to_have_text(["test_acc"], timeout=60_000)  # the others have gone
     lines = pages.page.locator("svg.main-svg .scatterlayer .trace path.js-line")
     lines.first.wait_for()
     colours = {line.evaluate("line => getComputedStyle(line).stroke") for line in lines.all()}
