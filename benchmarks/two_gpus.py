@@ -52,7 +52,7 @@ def main(
         small = {"data": "digits", "depth": 1, "hidden": 6, "batch": 50}
         command += [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
     else:
-        command += ["--set", "depth=3", *(["--data-dir", str(data_dir)] if data_dir else [])]
+        command += ["--set", "depth=3", "--set", "precision=bf16", *(["--data-dir", str(data_dir)] if data_dir else [])]
     whole: dict[int, list[float]] = {1: [], 2: []}
     training: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory(prefix="lw") as scratch:

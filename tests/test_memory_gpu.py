@@ -32,7 +32,7 @@ def train_all(cache_dir, jobs: list, lanes: int) -> tuple[Strict, dict]:
 
 def test_lanes_that_do_not_fit_train_in_turns(cache_dir):
     jobs = [
-        job(f"t{i}", seeds=(0, 1), lr=0.01 * (i + 1), width=WIDTH, precision="float32", reports=(3, 9))
+        job(f"t{i}", seeds=(0, 1), lr=0.01 * (i + 1) / WIDTH, width=WIDTH, precision="float32", reports=(3, 9))
         for i in range(4)
     ]
     torch.cuda.empty_cache()
