@@ -37,6 +37,7 @@ def main(
     tasks: Annotated[int, typer.Option(help="tasks of each run's stream, 120 steps each on real data")] = 60,
     lanes: Annotated[str, typer.Option(help="lanes a device; auto probes in every sweep")] = "128",
     rounds: Annotated[int, typer.Option(help="how often each side is run")] = 1,
+    data: Annotated[str, typer.Option(help="data set, on GPUs")] = "tinyimagenet32",
     data_dir: Annotated[Path | None, typer.Option(help="folder of data sets", envvar="LANEWISE_DATA")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="cores instead of GPUs, on digits, small")] = False,
     out: Annotated[Path | None, typer.Option(help="append the result as one JSON line")] = None,
@@ -52,7 +53,15 @@ def main(
         small = {"data": "digits", "depth": 1, "hidden": 6, "batch": 50}
         command += [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
     else:
-        command += ["--set", "depth=3", "--set", "precision=bf16", *(["--data-dir", str(data_dir)] if data_dir else [])]
+        command += [
+            "--data",
+            data,
+            "--set",
+            "depth=3",
+            "--set",
+            "precision=bf16",
+            *(["--data-dir", str(data_dir)] if data_dir else []),
+        ]
     whole: dict[int, list[float]] = {1: [], 2: []}
     training: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory(prefix="lw") as scratch:
