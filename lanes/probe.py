@@ -26,7 +26,9 @@ from trainables.files import write_atomically
 MOST_AT_ONCE = 16  # steps of one launch while measuring on a GPU
 KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
 COMPILE_PAYS_AFTER = 600.0  # seconds of training ahead, below which compiling on a CPU (20-70 s a program) cannot pay
-COMPILE_PAYS_AFTER_ON_GPU = 60.0  # a GPU gains tenfold and more from it
+COMPILE_PAYS_AFTER_ON_GPU = 60.0  # of serial training ahead: a GPU gains tenfold and more from it
+FURTHER_PAYS_AFTER = 3.0  # set-ups of a compiled row: with less ahead, more lanes are not tried
+SECOND_PAYS_AFTER = 10.0  # the same for the engine that fits the program less
 
 
 ENGINES = ("serial", "stacked", "stacked, compiled", "branched")
@@ -135,10 +137,12 @@ def probe(
 
     Args:
         wanted: the most lanes that could ever be here at once; no more are measured.
-        expected_steps: trial-steps this device will do for this program; decides whether compiling is worth a try.
+        expected_steps: trial-steps this device will do for this program; decides what is worth measuring: every row of
+            a compiled engine costs its compilation.
         seconds: measuring time of one row.
-        engines: names out of ENGINES; default: serial and stacked, compiled too where it can repay itself.
-        cache: folder of earlier choices, one file a (program, device, versions, wanted).
+        engines: names out of ENGINES; default: serial, then what can repay being measured. On a GPU a short sweep tries
+            `stacked` uncompiled, a longer one the compiled engines, the one that fits the family first.
+        cache: folder of earlier choices, one file a (program, device, versions, wanted, digits of expected_steps).
     """
     stamp = {
         "program": program_key(family.name, program),
@@ -147,7 +151,7 @@ def probe(
         "threads": torch.get_num_threads(),
         "wanted": wanted,
         "engines": engines,
-        "compile": expected_steps > 0,
+        "length": len(str(int(expected_steps))),  # what pays in a long sweep does not in a short one
     }
     path = cache / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}.json" if cache else None
     if path is not None and path.is_file():
@@ -171,35 +175,48 @@ def probe(
             torch.cuda.empty_cache()
         return measured
 
-    def climb(name: str, lanes: int, factor: int) -> None:
-        """Grow the lane count until it stops paying, or memory ends."""
-        best = 0.0
-        while lanes <= max(2, wanted):
+    def ahead() -> float:
+        """Seconds of training to come at the best rate so far."""
+        return expected_steps / max(1e-9, *(row.rate for row in rows))
+
+    def climb(name: str, lanes: int, factor: int, patience: float = 0.0) -> None:
+        """Grow the lane count until it stops paying, or memory ends, or what is ahead is less than `patience` times
+        what the last row took to set up: a further row costs as much and brings a part of it. Where not even the first
+        number fits, shrink it until it does."""
+        best = rate(name, lanes)
+        if not best:
+            while lanes > 1 and not best:
+                lanes = max(1, lanes // factor)
+                best = rate(name, lanes)
+            return
+        while lanes * factor <= wanted and ahead() >= patience * rows[-1].setup:
+            lanes *= factor
             now = rate(name, lanes)
             if now < best * KNEE:
                 return
-            best, lanes = now, lanes * factor
+            best = now
 
     cuda = torch.device(device).type == "cuda"
-    for name in engines or ("serial", "stacked"):
-        if name == "serial":
-            rate(name, 1)  # lanes take turns: the rate does not depend on their number
+    if engines is None and cuda:
+        rate("serial", 1)
+        if ahead() > COMPILE_PAYS_AFTER_ON_GPU:
+            # branches are compiled once and captured for each lane; a stack is compiled for each number of lanes
+            first = {"branched": 8, "stacked, compiled": 32}
+            for name in first if family.convolves else reversed(first):
+                if rows[-1].engine == "serial" or ahead() > SECOND_PAYS_AFTER * rows[-1].setup:
+                    climb(name, min(first[name], power_of_two(wanted)), 4, FURTHER_PAYS_AFTER)
         else:
-            climb(name, 2, 4 if cuda else 2)
+            climb("stacked", 2, 4)
+    else:
+        for name in engines or ("serial", "stacked"):
+            if name == "serial":
+                rate(name, 1)  # lanes take turns: the rate does not depend on their number
+            else:
+                climb(name, 2, 4 if cuda else 2)
+        if engines is None and ahead() > COMPILE_PAYS_AFTER:
+            rate("stacked, compiled", max(2, max(rows, key=lambda r: r.rate).lanes))
     if not any(row.rate for row in rows):
         raise torch.OutOfMemoryError("no engine fits into memory, not even with one lane")
-
-    def ahead() -> float:
-        """Seconds of training to come at the best rate so far."""
-        return expected_steps / max(row.rate for row in rows)
-
-    if engines is None and cuda:
-        if ahead() > COMPILE_PAYS_AFTER_ON_GPU:
-            climb("stacked, compiled", min(32, power_of_two(wanted)), 4)  # compiled for each number of lanes
-        if ahead() > COMPILE_PAYS_AFTER_ON_GPU:
-            climb("branched", min(8, power_of_two(wanted)), 4)  # compiled once, captured for each lane
-    elif engines is None and ahead() > COMPILE_PAYS_AFTER:
-        rate("stacked, compiled", max(2, max(rows, key=lambda r: r.rate).lanes))
     fastest = max(rows, key=lambda r: r.rate)
     lanes = wanted if fastest.engine == "serial" else fastest.lanes
     choice = Choice(fastest.engine, lanes, tuple(rows))

@@ -493,6 +493,54 @@ def test_the_probe_takes_the_knee(tmp_path, cache_dir, monkeypatch, rates):
         assert choice.lanes in (4, 8)
 
 
+SPEEDS = {"serial": 10.0, "stacked": 100.0, "stacked, compiled": 1000.0, "branched": 500.0}
+STACK, BRANCH = "stacked, compiled", "branched"
+
+
+@pytest.mark.parametrize(
+    ("convolves", "steps", "expected"),
+    [
+        (False, 500, [("serial", 1), ("stacked", 2), ("stacked", 8)]),  # 50 s ahead: nothing is compiled
+        (False, 5e4, [("serial", 1), (STACK, 32)]),  # 50 s are left, and a further row takes 20
+        (False, 8e4, [("serial", 1), (STACK, 32), (STACK, 128)]),
+        (False, 3e6, [("serial", 1), (STACK, 32), (STACK, 128), (BRANCH, 8), (BRANCH, 32)]),
+        (True, 2e4, [("serial", 1), (BRANCH, 8)]),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_no_row_costs_more_than_it_can_bring(monkeypatch, convolves, steps, expected):
+    family, program, hyper = build_case("tests.toys.regression", "plain")
+    measured = []
+
+    def measure(engine, hyper, lanes, seconds):
+        measured.append((engine, lanes))
+        return SPEEDS[engine] * {128: 1.2}.get(lanes, 1.0), 20.0
+
+    monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
+    monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
+    monkeypatch.setattr("lanes.probe.measure", measure)
+    family = replace(family, convolves=convolves)
+    choice = probe(family, program, hyper, {}, "cuda", wanted=128, expected_steps=steps)
+    assert measured == expected
+    assert choice.engine == max(choice.table, key=lambda row: row.rate).engine
+
+
+def test_where_the_first_number_of_lanes_does_not_fit_fewer_are_tried(monkeypatch):
+    family, program, hyper = build_case("tests.toys.regression", "plain")
+
+    def measure(engine, hyper, lanes, seconds):
+        if lanes > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return SPEEDS[engine], 1.0
+
+    monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
+    monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
+    monkeypatch.setattr("lanes.probe.measure", measure)
+    choice = probe(family, program, hyper, {}, "cuda", wanted=128, expected_steps=5e3)
+    assert (choice.engine, choice.lanes) == (STACK, 2)
+    assert [row.lanes for row in choice.table if row.engine == STACK] == [32, 8, 2]
+
+
 def test_files_of_another_program_are_not_its_choice(tmp_path, cache_dir):
     paths = set()
     for case in ("plain", "narrow"):

@@ -168,6 +168,8 @@ class Family:
         validate: (program) -> None, raising `BadValue` where fields contradict one another.
         covariates: names of what can be recorded beside the metrics, where the program has a field `covariates` to
             choose among them; without one, `inspect` records all it has or nothing.
+        convolves: its programs are convolutions. Under vmap these become grouped ones, which are slow: on a GPU the
+            probe then tries the branched engine before the stacked one.
         presets: name -> program and hyper fields to start from (`--set preset=...`).
         cases: small programs, one or more for every method.
     """
@@ -190,6 +192,7 @@ class Family:
     summarize: Callable[[Any, Mapping[str, np.ndarray]], dict[str, float]] = field(default_factory=lambda: last_values)
     validate: Callable[[Any], None] = field(default_factory=lambda: accept)
     covariates: tuple[str, ...] = ()
+    convolves: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Mapping[str, Case] = field(default_factory=dict)
 

@@ -25,6 +25,7 @@ QUICK = {"dropout": 0.25, "lr": 0.02}
 
 FAMILY = Family(
     name="snn_delays",
+    convolves=True,
     Program=Program,
     Hyper=Hyper,
     metrics={

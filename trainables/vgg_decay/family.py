@@ -174,6 +174,7 @@ METRICS = {
 FAMILY: Family = Family(
     covariates=COVARIATES[:-1],
     name="vgg_decay",
+    convolves=True,
     Program=Program,
     Hyper=Hyper,
     metrics=METRICS,
