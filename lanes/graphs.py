@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -110,10 +111,16 @@ class GraphedSums:
 
 def _warm_up(work: Callable[[], Out]) -> Out:
     """Work on a stream of its own: compiles, tunes, and lets allocations settle before anything is captured."""
-    side = torch.cuda.Stream()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             out = work()
     torch.cuda.current_stream().wait_stream(side)
     return out
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace of tens of megabytes a stream, for as long as the process lives."""
+    return torch.cuda.Stream(device)

@@ -40,7 +40,7 @@ def test_lanes_that_do_not_fit_train_in_turns(cache_dir):
     torch.cuda.reset_peak_memory_stats()
     expected, _ = train_all(cache_dir, jobs[:1], lanes=2)
     two = torch.cuda.max_memory_reserved() - before
-    assert torch.cuda.memory_reserved() - before < two / 10, "a host that is gone holds no memory"
+    assert torch.cuda.memory_reserved() - before < two / 5, "a host that is gone holds no lanes"
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((before + 1.5 * two) / total)
     try:
