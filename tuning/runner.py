@@ -33,6 +33,8 @@ from tuning.sweep import SweepPlan
 log = logging.getLogger(__name__)
 CPU_LANES = 16
 GPU_LANES = 128
+GPU_CONFIGS = 64
+"""Configs in flight a GPU, at most: each is a process of Tune's, of some seconds of a core and 200 MB."""
 SAVE_SECONDS = 60.0
 """How long an interrupted sweep waits for its hosts to checkpoint what they train."""
 TRIAL_CPUS = 0.2
@@ -356,8 +358,9 @@ def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
     """Configs in flight at most: two a core; on GPUs as many as fill the lanes."""
     if not gpu:
         return min(plan.budget, 2 * devices)
-    lanes = int(plan.lanes) if plan.lanes.isdigit() else GPU_LANES
-    return min(plan.budget, max(1, devices * lanes // plan.seeds))
+    if plan.lanes.isdigit():
+        return min(plan.budget, max(1, devices * int(plan.lanes) // plan.seeds))
+    return min(plan.budget, max(1, devices * min(GPU_CONFIGS, GPU_LANES // plan.seeds)))
 
 
 def _start_ray(plan: SweepPlan) -> None:
