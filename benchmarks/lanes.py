@@ -67,6 +67,7 @@ def main(
     data_dir: Annotated[Path | None, typer.Option(envvar="LANEWISE_DATA", help="folder of data sets")] = None,
     work: Annotated[Path | None, typer.Option(help="scratch folder, kept [default: under the temporary one]")] = None,
     out: Annotated[Path, typer.Option(help="JSON lines, appended")] = RESULTS / "lanes.jsonl",
+    note: Annotated[str, typer.Option(help="what else to say of the machine, kept with the results")] = "",
     report: Annotated[
         bool, typer.Option("--report", help="write OUT's table (.md) and figure (.png), then stop")
     ] = False,
@@ -88,6 +89,7 @@ def main(
         raise typer.Exit(2) from None
     # told to end, take the arm's processes along
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    bench.common["note"] = note
     bench.kernel_rows, bench.seconds, bench.seeds, bench.reuse = engine or [], seconds, seeds, reuse_actors
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = False
@@ -235,7 +237,7 @@ class Bench:
         command = [sys.executable, str(ROOT / f"tune_{self.job.plan.family}.py"), *self.job.flags]
         command += ["--lanes", "auto", "--quiet", "--name", "bench", "--storage", str(storage)]
         if self.cap:  # a sweep's own limit counts from the search; starting and reporting take the rest
-            command += ["--time-budget", str(max(5.0, self.cap - 25))]
+            command += ["--time-budget", str(self._search_cap)]
         with Watch(self.visible) as watch:
             error, wall = self._process(command)
         folder = storage / "bench"
@@ -255,10 +257,14 @@ class Bench:
         done = float(steps.groupby("run_key")["step"].max().sum())
         ended = [r["stop_reason"] for r in table.to_dict("records")]
         probes = [json.loads(path.read_text()) for path in sorted((cache / "probes").glob("*.json"))]
+        seconds = json.loads(timing.read_text())
         return self._sweep_row(wall, done, results, times, watch, error) | {
-            "seconds": json.loads(timing.read_text()),
+            "capped": bool(self.cap) and seconds["search"] > self._search_cap,
+            "seconds": seconds,
             "probes": probes,
-            "compile_s": sum(r.get("setup", 0.0) for p in probes for r in p["table"] if "compiled" in r["engine"]),
+            "compile_s": sum(
+                r.get("setup", 0.0) for p in probes for r in p["table"] if r["engine"] not in ("serial", "stacked")
+            ),
             "engines": sorted({f"{r['engine']} x{r['lanes']}" for r in table.to_dict("records") if r["engine"]}),
             "stop_reasons": {reason: ended.count(reason) for reason in sorted(set(ended))},
         }
@@ -320,6 +326,10 @@ class Bench:
             "gpu": watch.summary(*warm) if self.device == "cuda" else None,
             "error": error,
         }
+
+    @property
+    def _search_cap(self) -> float:
+        return max(5.0, self.cap - 25)
 
     @property
     def _data_dir(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 SHOWN = {"lanewise": "lanewise", "lanewise_again": "lanewise, second sweep"}
+PLACE = {name: i for i, name in enumerate(("tune1", "tune2", "tune4", "tune8", "tune16", "lanewise", "lanewise_again"))}
 PEAK = {"bf16": "bf16", "float32": "fp32"}
 
 HEAD = """# Lanes against ordinary Ray Tune
@@ -53,11 +54,12 @@ def section(
     some = next(iter(arms.values()))
     versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
     settings = f", with {', '.join(some['settings'])}" if some["settings"] else ""
+    notes = "".join(f"; {note}" for note in sorted({row["note"] for row in arms.values() if row.get("note")}))
     lines = [
         f"## {workload}",
         "",
         f"{precision}, {where(device, gpus)}, data {some['data']}, {some['configs']} configs of {some['steps']} steps"
-        f"{settings}; {versions}; {some['time'][:10]}.",
+        f"{settings}; {versions}; {some['time'][:10]}{notes}.",
         "",
     ]
     sweeps = {name: row for name, row in arms.items() if name.startswith(("tune", "lanewise"))}
@@ -84,7 +86,7 @@ def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:
     for name, row in sorted(sweeps.items(), key=order):
         label = SHOWN.get(name, name.replace("tune", "tune "))
         if name not in good:
-            lines.append(f"| {label} | failed: {row['error'][:120]} {'| ' * 11}|")
+            lines.append(f"| {label} | failed: {row['error'][:120]} {'| ' * 10}|")
             continue
         rate, gpu = row["trial_steps_per_s"], row.get("gpu") or {}
         cells = [
@@ -94,10 +96,10 @@ def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:
             f"{row['trial_steps']:,.0f}",
             f"{rate:,.1f}",
             number(row["warm_steps_per_s"], "{:,.1f}"),
-            number(alone and rate / alone["trial_steps_per_s"], "{:.1f}"),
-            number(alone and alone["warm_steps_per_s"] and rate / alone["warm_steps_per_s"], "{:.1f}"),
-            number(best and rate / best["trial_steps_per_s"], "{:.1f}"),
-            number(best and best["warm_steps_per_s"] and rate / best["warm_steps_per_s"], "{:.1f}"),
+            times(rate, alone, "trial_steps_per_s"),
+            times(rate, alone, "warm_steps_per_s"),
+            times(rate, best, "trial_steps_per_s"),
+            times(rate, best, "warm_steps_per_s"),
             number(gpu.get("idle_warm"), "{:.0%}"),
             number(gpu.get("peak_MiB") and gpu["peak_MiB"] / 1024, "{:.1f}"),
         ]
@@ -206,13 +208,13 @@ def figure(rows: Mapping[tuple, Mapping[str, Row]], path: Path) -> None:
     panels = []
     for place, arms in sorted(rows.items()):
         bars = {name: row["trial_steps_per_s"] for name, row in arms.items() if row.get("trial_steps_per_s")}
-        if bars:
+        if any(name.startswith("lanewise") for name in bars):
             panels.append((place, bars, (arms.get("kernels") or {}).get("found") or []))
     if not panels:
         return
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.9 + 1.9 * len(panels)), squeeze=False)
     for axis, ((workload, device, gpus, precision), bars, kernels) in zip(axes[:, 0], panels, strict=True):
-        names = sorted(bars, key=lambda name: (not name.startswith("lanewise"), -len(name), name))
+        names = sorted(bars, key=lambda name: (not name.startswith("lanewise"), -PLACE.get(name, 0)))
         labels = [SHOWN.get(name, name.replace("tune", "Ray Tune, ")) for name in names]
         colours = ["#1b6ca8" if name.startswith("lanewise") else "#b0b0b0" for name in names]
         axis.barh(labels, [bars[name] for name in names], color=colours)
@@ -221,8 +223,9 @@ def figure(rows: Mapping[tuple, Mapping[str, Row]], path: Path) -> None:
         best = max((row["trial_steps_per_s"] for row in kernels), default=None)
         if best:
             axis.axvline(best, color="#c0504d", linestyle="--", linewidth=1, label=f"best engine alone: {best:,.0f}")
-            axis.legend(fontsize=7, loc="lower right")
+            axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.7, 1.0), frameon=False)
         axis.set_xscale("log")
+        axis.set_xlim(min(bars.values()) / 3, 3 * max(best or 0, *bars.values()))
         axis.set_title(f"{workload} ({precision}, {where(device, gpus)})", fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel("trial-steps a second over the whole sweep, start-up included", fontsize=8)
@@ -237,6 +240,11 @@ def where(device: str, gpus: int) -> str:
 
 def number(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def times(rate: float, baseline: Row | None, which: str) -> str:
+    """How many times a baseline's rate; empty where that has none, or did nothing."""
+    return f"{rate / baseline[which]:.1f}" if baseline and baseline[which] else ""
 
 
 def mean(values: list[float]) -> float:

@@ -18,6 +18,8 @@ from lanes.graphs import GraphedSteps, GraphedSums
 from trainables.family import Hypers, State
 
 STREAMS = 16
+TURN = 64
+"""Steps launched of one lane before the next one's."""
 
 
 class _Slot:
@@ -85,16 +87,20 @@ class BranchedEngine(Engine):
         for slot in slots:
             if slot.graphed is None:
                 self._capture(slot)
-        curves = []
         for slot in slots:
             slot.stream.wait_stream(main)
-            with torch.cuda.stream(slot.stream):
-                assert slot.graphed is not None
-                curves.append(slot.graphed.run(steps))
-        for slot, curve in zip(slots, curves, strict=True):
+        parts: list[list[Tensor]] = [[] for _ in slots]
+        # in turns: a stream takes some thousand launches and then lets the host wait, while the others run dry
+        for begun in range(0, steps, TURN):
+            for slot, part in zip(slots, parts, strict=True):
+                with torch.cuda.stream(slot.stream):
+                    assert slot.graphed is not None
+                    part.append(slot.graphed.run(min(TURN, steps - begun)))
+        for slot, part in zip(slots, parts, strict=True):
             main.wait_stream(slot.stream)
-            curve.record_stream(main)
-        return self._names, torch.stack(curves, dim=2)
+            for curve in part:
+                curve.record_stream(main)
+        return self._names, torch.stack([torch.cat(part) for part in parts], dim=2)
 
     def _capture(self, slot: _Slot) -> None:
         changed: list[Tensor] = [slot.position]

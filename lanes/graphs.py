@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -11,7 +12,9 @@ from torch import Tensor
 
 Out = TypeVar("Out")
 LONGEST = 64
-"""Steps of the longest graph: enough to hide launching, few enough to capture quickly."""
+WORTH_LAUNCHING = 8.0
+"""Milliseconds of work that hide a graph's launch many times over. A graph holds as many steps as take so long, at most
+LONGEST: capturing more costs the host time for each of them, seconds a lane where a step is long."""
 
 
 class GraphedSteps:
@@ -20,7 +23,7 @@ class GraphedSteps:
     Args:
         step: one step, in place on tensors that never move; returns its metrics [m, slots].
         changed: every tensor that a step changes. Warming up and capturing leave them as they were.
-        chunk: steps usually asked for at once, an epoch: a graph of that length is made if it is not too long.
+        chunk: steps usually asked for at once, an epoch: no graph is longer.
         stream: capture there. Graphs that are replayed side by side need streams of their own: cuBLAS keeps one
             workspace a stream, and graphs captured on one stream would share it.
     """
@@ -34,11 +37,13 @@ class GraphedSteps:
     ):
         self._step = step
         self._stream = stream
-        self._lengths = sorted({min(chunk, LONGEST), 16, 4, 1}, reverse=True)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         before = [tensor.clone() for tensor in changed]
         _warm_up(self._step)
+        enough = math.ceil(WORTH_LAUNCHING / max(0.01, _milliseconds(self._step)))
+        longest = min(chunk, LONGEST, enough)
+        self._lengths = [longest, *(length for length in (16, 4, 1) if length < longest)]
         for tensor, old in zip(changed, before, strict=True):
             tensor.copy_(old)
         torch.cuda.synchronize()
@@ -118,6 +123,16 @@ def _warm_up(work: Callable[[], Out]) -> Out:
             out = work()
     torch.cuda.current_stream().wait_stream(side)
     return out
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    """Of one call by itself, launching included."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
 
 
 @cache

@@ -141,7 +141,7 @@ def row(arm: str, **more) -> dict:
 def test_report_compares_with_the_best_sharing_arm_and_takes_the_newest_line(tmp_path):
     lines = [
         row("tune1", trial_steps_per_s=1.0),
-        row("tune1", trial_steps_per_s=10.0),
+        row("tune1", trial_steps_per_s=10.0, warm_steps_per_s=20.0),
         row("tune4", trial_steps_per_s=30.0),
         row("tune8", trial_steps_per_s=20.0),
         row("tune16", error="it broke"),
@@ -167,7 +167,9 @@ def test_report_compares_with_the_best_sharing_arm_and_takes_the_newest_line(tmp
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write(out)
     text = out.with_suffix(".md").read_text()
-    assert "| lanewise | 10 | 4/4 | 100 | 300.0 |  | 30.0 | 10.0 |" in text
+    assert "| lanewise | 10 | 4/4 | 100 | 300.0 |  | 30.0 | 15.0 | 10.0 |  |" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| arm", "| tune", "| lanewise"))]
+    assert {line.count("|") for line in rows} == {13}, rows
     assert "| tune 16 | failed: it broke |" in text
     assert "Floor: 10.0 µs by operations, 20.0 µs by bytes (1.0 µs" in text
     assert "| stacked, compiled | 8 | 10,000 | 9,000 | 8,000 | 10.0% | 20.0% |" in text

@@ -11,6 +11,8 @@ from trainables.family import BadValue
 from tuning.sweep import SweepPlan
 
 GPU_LANES = 128
+GPU_CONFIGS = 64
+"""Configs in flight a GPU, at most: each is a process of Tune's, of some seconds of a core and 200 MB."""
 WAIT_SECONDS = 1200.0
 """A spot machine is given, booted and set up in minutes; where none is to be had, it never is."""
 POLL_SECONDS = 2.0
@@ -19,8 +21,14 @@ log = logging.getLogger(__name__)
 
 def wanted_gpus(plan: SweepPlan) -> int:
     """GPUs that the sweep's runs fill."""
-    lanes = 1 if plan.lanes == "off" else int(plan.lanes) if plan.lanes.isdigit() else GPU_LANES
-    return -(-plan.budget * plan.seeds // lanes)
+    return -(-plan.budget // configs_a_gpu(plan))
+
+
+def configs_a_gpu(plan: SweepPlan) -> int:
+    """How many configs of a plan fill a GPU's lanes."""
+    if plan.lanes.isdigit():
+        return max(1, int(plan.lanes) // plan.seeds)
+    return max(1, min(GPU_CONFIGS, GPU_LANES // plan.seeds)) if plan.lanes == "auto" else 1
 
 
 def await_device(plan: SweepPlan, seconds: float = WAIT_SECONDS) -> None:

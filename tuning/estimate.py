@@ -12,9 +12,10 @@ from rich.console import Console
 from lanes.engine import put
 from lanes.probe import probe
 from trainables.family import program_key
+from tuning.demand import GPU_LANES
 from tuning.followup import most_seeds
 from tuning.progress import clock
-from tuning.runner import CPU_LANES, GPU_LANES, cache_dir
+from tuning.runner import CPU_LANES, cache_dir
 from tuning.sweep import SweepPlan
 
 MOST_PROGRAMS = 40

@@ -22,6 +22,7 @@ from rich.console import Console
 from trainables.datasets.cache import files_read
 from tuning.continuity import data_facts, facts
 from tuning.delivery import Delivery
+from tuning.demand import ask, configs_a_gpu, release, wanted_gpus
 from tuning.ground import StorageFailed
 from tuning.interruptions import Interruptions
 from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
@@ -32,9 +33,6 @@ from tuning.sweep import SweepPlan
 
 log = logging.getLogger(__name__)
 CPU_LANES = 16
-GPU_LANES = 128
-GPU_CONFIGS = 64
-"""Configs in flight a GPU, at most: each is a process of Tune's, of some seconds of a core and 200 MB."""
 SAVE_SECONDS = 60.0
 """How long an interrupted sweep waits for its hosts to checkpoint what they train."""
 TRIAL_CPUS = 0.2
@@ -160,7 +158,6 @@ def _search(
 
     from lanes.host import HostSettings
     from lanes.pool import Pool, find_slots
-    from tuning.demand import ask, release, wanted_gpus
 
     # Ray takes seconds, most of which this process only waits; nothing that `ray.init` imports is among these
     threading.Thread(target=_import_libraries, args=(plan.searcher,), name="imports").start()
@@ -358,9 +355,7 @@ def _concurrency(plan: SweepPlan, devices: int, gpu: bool) -> int:
     """Configs in flight at most: two a core; on GPUs as many as fill the lanes."""
     if not gpu:
         return min(plan.budget, 2 * devices)
-    if plan.lanes.isdigit():
-        return min(plan.budget, max(1, devices * int(plan.lanes) // plan.seeds))
-    return min(plan.budget, max(1, devices * min(GPU_CONFIGS, GPU_LANES // plan.seeds)))
+    return min(plan.budget, devices * configs_a_gpu(plan))
 
 
 def _start_ray(plan: SweepPlan) -> None:
