@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from statistics import median
 
 import mlflow
 from mlflow import MlflowClient
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
 import tuning.sync
 from benchmarks.mlflow_browser import Pages, page, server

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
+
 from benchmarks.synthetic import write
 
 RESULTS = Path(__file__).parent / "results" / "reading.md"

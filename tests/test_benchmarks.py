@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,23 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("there is no arm 'tune3'")
     assert not (tmp_path / "o").exists()
+
+
+SCRIPTS = [
+    path.name
+    for path in sorted((ROOT / "benchmarks").glob("*.py"))
+    if f"python benchmarks/{path.name}" in (text := path.read_text()) and "__main__" in text
+]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs_from_anywhere(tmp_path, script):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
 
 
 @pytest.mark.heavy
