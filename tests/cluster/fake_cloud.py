@@ -39,7 +39,12 @@ CONFIG = {
     **{f"{name}_commands": [] for name in NOTHING_TO_DO},
     "idle_timeout_minutes": 0.05,
     # all nodes are on one address: what they do is told apart by their ids
-    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_launch_config_check": True},
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
     "auth": {"ssh_user": "nobody"},
     "head_node_type": "ray.head.default",
     "available_node_types": {
