@@ -113,7 +113,7 @@ def sweep(limit: int, storage: Path) -> None:
 
 
 def plan(sweeps: Sweeps) -> SweepPlan:
-    """Six configs of two seeds, one lane a device: twelve GPUs would be filled."""
+    """Six configs of two seeds, one config a device at a time: six GPUs would be used."""
     nothing = dict.fromkeys(
         ("data", "data_dir", "trials", "seeds", "searcher", "scheduler", "metric", "covariates", "name", "tracking_uri")
     )

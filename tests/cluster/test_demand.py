@@ -14,7 +14,7 @@ from tests.toys.sweeps import SWEEPS
 from tuning.demand import wanted_gpus
 
 
-@pytest.mark.parametrize(("lanes", "seeds", "gpus"), [("auto", 2, 1), ("auto", 64, 3), ("4", 2, 3), ("off", 2, 12)])
+@pytest.mark.parametrize(("lanes", "seeds", "gpus"), [("auto", 2, 1), ("auto", 64, 3), ("4", 2, 3), ("off", 2, 6)])
 def test_whole_gpus_as_many_as_the_lanes_fill(lanes, seeds, gpus):
     assert wanted_gpus(replace(plan(SWEEPS), lanes=lanes, seeds=seeds)) == gpus
 
@@ -47,7 +47,7 @@ def test_an_empty_cluster_grows_on_demand(tmp_path, limit):
         venv = "~/.lanewise/venv/bin/python"
         told = hosts.run("cloud", f"cd {lab.ROOT} && {venv} -m tests.cluster.fake_cloud {limit} 2>&1")
     assert "DEVICE AT FIRST False" in told
-    assert "asking the cluster for 12 GPUs" in told
+    assert "asking the cluster for 6 GPUs" in told
     if limit:
         assert "GPUS True" in told
         assert "RELEASED True" in told
