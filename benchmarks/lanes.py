@@ -307,7 +307,8 @@ class Bench:
 
     def _forget(self) -> None:
         for name in self._cached() - self._kept():
-            shutil.rmtree(self.work / "cache" / name)
+            path = self.work / "cache" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,22 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path, caplog,
     assert "falling back" in caplog.text
 
 
+def test_a_copy_starts_where_its_donor_was_and_has_cost_nothing(tmp_path, caplog):
+    store = CheckpointStore(tmp_path)
+    for step in (5, 10):
+        store.save("donor", step, state(float(step)), {"step": step, "device_seconds": 7.0})
+    assert store.copy("donor", 5, "copy")
+    store.save("donor", 15, state(15.0), {"step": 15, "device_seconds": 9.0})  # the donor lets go of its own
+    loaded, extra = store.load("copy")
+    assert extra == {"step": 5, "device_seconds": 0.0}
+    assert loaded["params"]["w/a.b"][0, 0] == 5.0
+    assert not caplog.text
+    assert not store.copy("donor", 5, "late")
+    (tmp_path / "donor" / f"{15:012d}.safetensors").write_bytes(b"torn")
+    assert not store.copy("donor", 15, "torn")
+    assert store.load("late") is store.load("torn") is None
+
+
 def test_tensors_without_their_json_do_not_count(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save("run", 5, state(5.0), {"step": 5})

@@ -73,14 +73,40 @@ class CheckpointStore:
                 log.warning("checkpoint %s is unusable (%s): falling back to the one before", name, why)
         return None
 
+    def copy(self, donor: str, step: int, run_key: str) -> bool:
+        """Make another run's checkpoint of that step the first of `run_key`, at no cost of its own so far.
+
+        Returns whether there was one; a damaged one counts as none, whoever loads it will say so.
+        """
+        name = f"{donor}/{step:012d}"
+        if step not in self._steps(donor):
+            return False
+        try:
+            data, plain = self._whole(name)
+        except StorageError:
+            raise
+        except (OSError, ValueError, RecursionError):
+            return False
+        plain["extra"]["device_seconds"] = 0.0
+        plain["check"] = _checksum(plain)
+        self._store.write(f"{run_key}/{step:012d}.safetensors", data)
+        self._store.write(f"{run_key}/{step:012d}.json", json.dumps(plain).encode())
+        return True
+
     def discard(self, run_key: str) -> None:
         """Remove a run's checkpoints."""
         self._store.clear(run_key)
 
     def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(state, extra) of a pair. Raises ValueError, or what reading raises, where it is damaged."""
+        """(state, extra) of a pair. Raises what `_whole` raises, and what reading tensors raises."""
         import safetensors.torch
 
+        data, plain = self._whole(name)
+        return unflatten(safetensors.torch.load(data)), plain["extra"]
+
+    def _whole(self, name: str) -> tuple[bytes, dict[str, Any]]:
+        """A pair as it was written, its JSON without the checksum. Raises ValueError, or what reading raises, where it
+        is damaged."""
         plain = json.loads(self._store.read(f"{name}.json"))
         if not isinstance(plain, dict):
             raise ValueError("its JSON is not what a checkpoint holds")
@@ -94,7 +120,8 @@ class CheckpointStore:
             raise ValueError("the tensors do not match their checksum")
         if not isinstance(plain.get("extra"), dict):
             raise ValueError("its JSON is not what a checkpoint holds")
-        return unflatten(safetensors.torch.load(data)), plain["extra"]
+        plain["schema_version"] = SCHEMA_VERSION
+        return data, plain
 
     def _steps(self, run_key: str) -> list[int]:
         names = [key.rpartition("/")[2] for key in self._store.names(run_key)]

@@ -118,6 +118,7 @@ class Recorder(Callback):
         if exploit:
             told = {**exploit, "program": json.loads(exploit["program"])}
             copied = {"copy": {name: told[name] for name in COPIED}}
+            self._keep_start(copied["copy"])
         self.write("decision", **identity, epoch=result["epoch"], decision=decision, **copied)
         if exploit:
             self._exploited(trial.trial_id, result["epoch"], copied["copy"])
@@ -187,6 +188,15 @@ class Recorder(Callback):
         if self._plan.scheduler != "pbt" and reason not in ("crashed", "oom"):  # PBT's others may still take from it
             for run in self._table.runs_of.get(trial.trial_id, ()):
                 self._discard(run)
+
+    def _keep_start(self, copy: Mapping[str, Any]) -> None:
+        """Give a copy its start before anyone can know of the copy: its donor goes on and keeps two checkpoints, and
+        after a kill may be far ahead when the copy trains."""
+        for seed, run in copy["runs"].items():
+            donor, epoch = copy["parent"][seed]
+            row = self._table.rows.get(donor)  # as of its last report, that epoch's or a later one's
+            if row and row["epoch"]:
+                self._checkpoints.copy(donor, epoch * row["step"] // row["epoch"], run)
 
     def _exploited(self, trial: str, epoch: int, config: Mapping[str, Any]) -> None:
         """The old config ends; a new one goes on in the same trial, from its parent's states."""
