@@ -46,6 +46,13 @@ def trouble(folder: Path, error: BaseException | None = None) -> str:
     return ""
 
 
+def unmake(folder: Path) -> None:
+    """Remove what Ray Tune has made in the place of a sweep's folder that vanished: it would be in the way when that is
+    brought back."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} == {"ray"}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _beneath(name: object, folder: Path) -> bool:
     return name is None or (isinstance(name, (str, os.PathLike)) and Path(name).is_relative_to(folder))
 

@@ -23,7 +23,7 @@ from trainables.datasets.cache import files_read
 from tuning.continuity import data_facts, facts
 from tuning.delivery import Delivery
 from tuning.demand import ask, configs_a_gpu, release, wanted_gpus
-from tuning.ground import StorageFailed
+from tuning.ground import StorageFailed, unmake
 from tuning.interruptions import Interruptions
 from tuning.keeping import freeze, make_checkpoints, make_curves, make_log, open_journal, shipped_log, tune_storage
 from tuning.provenance import git
@@ -326,6 +326,8 @@ def _search(
         if plan.address:
             release()
         ray.shutdown()
+        if not plan.bucket:
+            unmake(plan.folder)
 
 
 def _import_libraries(searcher: str) -> None:
