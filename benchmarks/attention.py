@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
 from benchmarks.card import seconds_of
+from lanes.graphs import warm_up
 
 SHAPES = {  # lanes, batch, heads, positions, channels of a head, causal
     "ci_vit L3": (32, 100, 3, 65, 16, False),
@@ -43,12 +44,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def graphed(work: Callable[[], object]) -> Callable[[], object]:
     """The same as one graph launch, so that only the GPU's time counts."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(work)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

@@ -10,7 +10,6 @@ from typing import Any
 
 Row = Mapping[str, Any]
 SHOWN = {"lanewise": "lanewise", "lanewise_again": "lanewise, second sweep"}
-PLACE = {name: i for i, name in enumerate(("tune1", "tune2", "tune4", "tune8", "tune16", "lanewise", "lanewise_again"))}
 PEAK = {"bf16": "bf16", "float32": "fp32"}
 
 HEAD = """# Lanes against ordinary Ray Tune
@@ -82,8 +81,7 @@ def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:
         "| x best shared | x its warm | GPU idle | peak GiB |",
         f"{'|---' * 12}|",
     ]
-    order = lambda item: (item[0].startswith("lanewise"), len(item[0]), item[0])
-    for name, row in sorted(sweeps.items(), key=order):
+    for name, row in sorted(sweeps.items(), key=lambda item: order(item[0])):
         label = SHOWN.get(name, name.replace("tune", "tune "))
         if name not in good:
             lines.append(f"| {label} | failed: {row['error'][:120]} {'| ' * 10}|")
@@ -214,7 +212,7 @@ def figure(rows: Mapping[tuple, Mapping[str, Row]], path: Path) -> None:
         return
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.9 + 1.9 * len(panels)), squeeze=False)
     for axis, ((workload, device, gpus, precision), bars, kernels) in zip(axes[:, 0], panels, strict=True):
-        names = sorted(bars, key=lambda name: (not name.startswith("lanewise"), -PLACE.get(name, 0)))
+        names = sorted(bars, key=order, reverse=True)
         labels = [SHOWN.get(name, name.replace("tune", "Ray Tune, ")) for name in names]
         colours = ["#1b6ca8" if name.startswith("lanewise") else "#b0b0b0" for name in names]
         axis.barh(labels, [bars[name] for name in names], color=colours)
@@ -240,6 +238,11 @@ def where(device: str, gpus: int) -> str:
 
 def number(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def order(arm: str) -> tuple[bool, int, str]:
+    """Ray Tune's arms first, by their trials a device."""
+    return arm.startswith("lanewise"), len(arm), arm
 
 
 def times(rate: float, baseline: Row | None, which: str) -> str:

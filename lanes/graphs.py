@@ -40,7 +40,7 @@ class GraphedSteps:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         before = [tensor.clone() for tensor in changed]
-        _warm_up(self._step)
+        warm_up(self._step)
         enough = math.ceil(WORTH_LAUNCHING / max(0.01, _milliseconds(self._step)))
         longest = min(chunk, LONGEST, enough)
         self._lengths = [longest, *(length for length in (16, 4, 1) if length < longest)]
@@ -95,7 +95,7 @@ class GraphedSums:
         def sums() -> dict[str, Tensor]:
             return evaluate({name: r.index_select(dim, self._position).squeeze(dim) for name, r in self._rows.items()})
 
-        self._totals = {name: torch.zeros_like(value) for name, value in _warm_up(sums).items()}
+        self._totals = {name: torch.zeros_like(value) for name, value in warm_up(sums).items()}
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
@@ -114,7 +114,7 @@ class GraphedSums:
         return {name: total.clone() for name, total in self._totals.items()}
 
 
-def _warm_up(work: Callable[[], Out]) -> Out:
+def warm_up(work: Callable[[], Out]) -> Out:
     """Work on a stream of its own: compiles, tunes, and lets allocations settle before anything is captured."""
     side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
