@@ -23,6 +23,7 @@ from lanes.engine import Engine, put
 from lanes.job import Job
 from lanes.probe import make_engine
 from lanes.stack import Stack
+from lanes.writer import Writer
 from trainables.family import load_family
 from tuning.curves import CurveWriter, metadata
 from tuning.runner import cache_dir
@@ -112,8 +113,8 @@ def in_stack(engine: Engine, hyper: Any, lanes: int, seconds: float) -> float:
         "job", engine.family.name, values, "config", {i: f"run{i}" for i in range(lanes)}, (engine.schedule.epochs,)
     )
     with tempfile.TemporaryDirectory() as folder:
-        writer = CurveWriter(Path(folder), "kernels", metadata("kernels", engine.family.name, {}))
-        stack = Stack(engine.family, engine.program, lambda: (engine, lanes), writer, Nowhere())
+        recorder = CurveWriter(Path(folder), "kernels", metadata("kernels", engine.family.name, {}))
+        stack = Stack(engine.family, engine.program, lambda: (engine, lanes), Writer(recorder, Nowhere()))
         stack.attach(job)
         for _ in range(8):
             stack.tick()

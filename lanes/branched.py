@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics, tree_map
+from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
+from lanes.states import copy_into, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
 
 STREAMS = 16
@@ -26,8 +27,8 @@ class _Slot:
     """One lane's buffers, which never move, and the graphs over them."""
 
     def __init__(self, state: State, hyper: Hypers, device: torch.device, stream: torch.cuda.Stream):
-        self.state = tree_map(torch.clone, state)
-        self.hyper = tree_map(torch.clone, dict(hyper))
+        self.state = copy_of(state)
+        self.hyper = copy_of(dict(hyper))
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.rows: dict[str, Tensor] = {}
         self.stream = stream
@@ -53,8 +54,8 @@ class BranchedEngine(Engine):
     def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
         if self._free:
             slot = self._free.pop()
-            tree_map(lambda buffer, value: buffer.copy_(value), slot.state, state)
-            tree_map(lambda buffer, value: buffer.copy_(value), slot.hyper, dict(hyper))
+            copy_into(slot.state, state)
+            copy_into(slot.hyper, dict(hyper))
         else:
             slot = _Slot(state, hyper, self.device, self._streams[len(self._slots) % STREAMS])
             self._slots.append(slot)
@@ -103,8 +104,7 @@ class BranchedEngine(Engine):
         return self._names, torch.stack([torch.cat(part) for part in parts], dim=2)
 
     def _capture(self, slot: _Slot) -> None:
-        changed: list[Tensor] = [slot.position]
-        tree_map(changed.append, slot.state)
+        changed = [slot.position, *leaves(slot.state)]
         step = lambda: self._in_place(slot.state, slot.hyper, slot.rows, slot.position)
         slot.graphed = GraphedSteps(step, changed, self.schedule.steps_per_epoch, slot.stream)
 
@@ -134,7 +134,7 @@ class BranchedEngine(Engine):
         return GraphedSums(evaluate, rows, 0, slot.stream)
 
     def state(self, key: str) -> State:
-        return tree_map(torch.clone, self._slot_of[key].state)
+        return copy_of(self._slot_of[key].state)
 
     def hypers(self, key: str) -> Hypers:
-        return tree_map(torch.clone, self._slot_of[key].hyper)
+        return copy_of(self._slot_of[key].hyper)

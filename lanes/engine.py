@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lanes.states import copy_of, tree_map
 from trainables.draws import counter
 from trainables.family import Arrays, Family, Hypers, State, hyper_tensors
 
@@ -92,9 +93,20 @@ class Inspection:
         return {key: fetch.wait() for key, fetch in self.fetches.items()}
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A lane that is to be inserted: to start, or to continue from `state`, which was taken at `step`."""
+
+    key: str
+    hyper: Any
+    seed: int
+    state: State | None = None
+    step: int = 0
+
+
 @dataclass
 class Lane:
-    """A run while it trains. `step` counts update steps done; `rows` are the current epoch's order, [S, ...] each."""
+    """A run while it trains. `step` counts update steps done."""
 
     key: str
     hyper: Any
@@ -133,6 +145,8 @@ class Engine(ABC):
         # the device it would queue behind the training that it is meant to be ready for
         self._ahead = ThreadPoolExecutor(1, "orders") if self.device.type == "cuda" else None
         self._orders: dict[tuple[str, str, int], Future] = {}  # (lane, "order" or "test_order", epoch)
+        self._side = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._prepared: dict[str, tuple[State | None, Hypers]] = {}  # lane to come -> made on the side stream
         self.runs_ahead = self.device.type == "cuda"  # `launch` comes back before the work is done
         self.setup_seconds = 0.0  # compiling and capturing so far
 
@@ -177,25 +191,60 @@ class Engine(ABC):
 
     def insert(self, key: str, hyper: Any, seed: int, state: State | None = None) -> None:
         """Start a lane, or continue one from a `state` that was taken at any step (copied, moved to the device)."""
-        if key in self.lanes:
-            raise ValueError(f"lane {key} is already here")
-        tensors = hyper_tensors(self.program, hyper, self.device)
-        if state is None:
-            state = self.family.init(self.program, tensors, counter(seed, self.device))
+        self.insert_all([Arrival(key, hyper, seed, state, 0 if state is None else int(state["step"]))])
+
+    def insert_all(self, arrivals: Sequence[Arrival]) -> None:
+        """Start or continue several lanes."""
+        going = []
+        for arrival in arrivals:
+            if arrival.key in self.lanes:
+                raise ValueError(f"lane {arrival.key} is already here")
+            state, tensors = self._taken_in(arrival)
+            lane = Lane(arrival.key, arrival.hyper, arrival.seed, arrival.step)
+            self._place(lane, state, tensors)
+            self.lanes[lane.key] = lane
+            if lane.step < self.schedule.steps:
+                going.append(lane)
+        self._refresh_orders(going)
+
+    def prepare(self, arrival: Arrival) -> None:
+        """Work out now, beside the training under way, what inserting a lane will need. For engines that run ahead."""
+        if arrival.key in self._prepared or self._side is None or self._ahead is None:
+            return
+        with torch.cuda.stream(self._side):
+            tensors = hyper_tensors(self.program, arrival.hyper, self.device)
+            fresh = arrival.state is None
+            state = self.family.init(self.program, tensors, counter(arrival.seed, self.device)) if fresh else None
+        self._prepared[arrival.key] = state, tensors
+        if arrival.step < self.schedule.steps:
+            self._order_ahead("order", arrival, arrival.step // self.schedule.steps_per_epoch)
+
+    def _taken_in(self, arrival: Arrival) -> tuple[State, Hypers]:
+        """An arrival's state, a copy that is the lane's own, and its hypers, on the device."""
+        state, tensors = self._prepared.pop(arrival.key, (None, None))
+        if tensors is None:
+            tensors = hyper_tensors(self.program, arrival.hyper, self.device)
         else:
-            state = tree_map(lambda t: t.detach().to(self.device, copy=True), state)
-        lane = Lane(key, hyper, seed, step=int(state["step"]))
-        self._place(lane, state, tensors)
-        self.lanes[key] = lane
-        if lane.step < self.schedule.steps:
-            self._refresh_orders([lane])
+            assert self._side is not None
+            main = torch.cuda.current_stream()
+            main.wait_stream(self._side)
+            tree_map(lambda tensor: tensor.record_stream(main), {"state": state or {}, "hyper": dict(tensors)})
+        if state is None and arrival.state is None:
+            state = self.family.init(self.program, tensors, counter(arrival.seed, self.device))
+        return (copy_of(arrival.state, self.device) if state is None else state), tensors
 
     def remove(self, keys: Sequence[str]) -> None:
         """Free lanes. Neighbours do not notice."""
         self._drop(keys)
         for key in keys:
             del self.lanes[key]
+        self.forget(keys)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Let go of what was prepared for lanes that do not come, or have left."""
         gone = set(keys)
+        for key in gone & self._prepared.keys():
+            del self._prepared[key]
         for wanted in [wanted for wanted in self._orders if wanted[0] in gone]:
             del self._orders[wanted]
 
@@ -286,7 +335,7 @@ class Engine(ABC):
             return future.result()
         return getattr(self.family, kind)(self.program, self.host_arrays, lane.seed, epoch)
 
-    def _order_ahead(self, kind: str, lane: Lane, epoch: int) -> None:
+    def _order_ahead(self, kind: str, lane: Lane | Arrival, epoch: int) -> None:
         assert self._ahead is not None
         make = getattr(self.family, kind)
         self._orders[lane.key, kind, epoch] = self._ahead.submit(make, self.program, self.host_arrays, lane.seed, epoch)
@@ -344,11 +393,3 @@ def put(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[st
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anything write to it
         return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
-
-
-def tree_map(f: Any, *trees: Any) -> Any:
-    """Apply f to the tensors of equally shaped nested dicts."""
-    first = trees[0]
-    if isinstance(first, Mapping):
-        return {key: tree_map(f, *(tree[key] for tree in trees)) for key in first}
-    return f(*trees)

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 from lanes.job import Job, Report, program_name
 from lanes.placement import Slot
 from lanes.records import OnceRecorder, StorageLost, StoredCheckpoints
+from lanes.writer import Writer
 
 if TYPE_CHECKING:
-    from lanes.stack import Checkpoints, Recorder, Stack
+    from lanes.stack import Stack
+    from lanes.writer import Checkpoints, Recorder
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,9 @@ class Host:
         self._on_rate = on_rate  # told (program, trial-steps a second, lanes) of every program that was probed
         self.device = device
         self.label = label
-        self._recorder: Recorder = OnceRecorder(settings.make_recorder(label))
-        self._checkpoints: Checkpoints = StoredCheckpoints(settings.make_checkpoints())
+        self._writer = Writer(
+            OnceRecorder(settings.make_recorder(label)), StoredCheckpoints(settings.make_checkpoints())
+        )
         self._stacks: dict[str, Stack] = {}
         self._stack_of: dict[str, str] = {}  # token -> program key
         self._arrays: dict[tuple, Any] = {}  # part of a memory-mapped file -> tensor on the device, for all programs
@@ -97,7 +100,7 @@ class Host:
         key = program_key(family.name, program)
         if key not in self._stacks:
             make_engine = lambda: self._make_engine(family, program, hyper, self._stacks[key].most)
-            self._stacks[key] = Stack(family, program, make_engine, self._recorder, self._checkpoints)
+            self._stacks[key] = Stack(family, program, make_engine, self._writer)
         self._stacks[key].attach(job)
         self._stack_of[job.token] = key
 
@@ -126,7 +129,8 @@ class Host:
             self._with_memory(key, self._stacks[key].save_all)
 
     def flush(self) -> None:
-        self._recorder.flush(force=True)
+        self._writer.flush()
+        self._writer.settle()
 
     def tick(self) -> list[Report]:
         """One turn of every stack with work. A family that raises takes only its own stack down; a lack of memory

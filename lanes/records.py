@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # trial processes import this module and no torch
     import numpy as np
 
-    from lanes.stack import Checkpoints, Recorder
+    from lanes.writer import Checkpoints, Recorder
     from trainables.family import State
 
 

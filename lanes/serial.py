@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, send, stack_metrics, tree_map
+from lanes.engine import Engine, Lane, send, stack_metrics
+from lanes.states import copy_of
 from trainables.family import Hypers, State
 
 
@@ -66,7 +67,7 @@ class SerialEngine(Engine):
         return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}, list(range(len(keys)))
 
     def state(self, key: str) -> State:
-        return tree_map(torch.clone, self._states[key])
+        return copy_of(self._states[key])
 
     def hypers(self, key: str) -> Hypers:
         return self._hypers[key]

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from lanes.engine import Chunk, Engine, Evaluation, Inspection, tree_map
+from lanes.engine import Arrival, Chunk, Engine, Evaluation, Inspection
 from lanes.job import Job, Report, SeedReport
+from lanes.states import tree_map
+from lanes.writer import Writer
 from trainables.family import Family, State
 
 CHUNK_SECONDS = 0.5
@@ -23,28 +26,11 @@ CHUNK_SECONDS = 0.5
 COMPACTION_PAYS = 4.0
 """A half-empty stack is made smaller when the training ahead is this many times as long as compiling took."""
 
+PREPARING_SHARE = 0.25
+"""Part of CHUNK_SECONDS that may go, while the device trains, into getting ready the lanes that come next."""
+
 COMPACTION_PATIENCE = 60.0
 """Seconds a stack must have been half empty: configs come and go in between."""
-
-
-class Recorder(Protocol):
-    """Where curves go; `tuning.curves` writes Parquet."""
-
-    def steps(self, run_key: str, first_step: int, curves: Mapping[str, np.ndarray]) -> None: ...
-
-    def epoch(self, run_key: str, row: Mapping[str, Any], values: Mapping[str, float]) -> None: ...
-
-    def covariates(self, run_key: str, epoch: int, values: Mapping[str, np.ndarray]) -> None: ...
-
-    def flush(self, force: bool = False) -> None: ...
-
-
-class Checkpoints(Protocol):
-    """Where states go; `tuning.checkpoints` writes safetensors."""
-
-    def save(self, run_key: str, step: int, state: State, extra: Mapping[str, Any]) -> None: ...
-
-    def load(self, run_key: str, at_most: int | None = None) -> tuple[State, dict[str, Any]] | None: ...
 
 
 @dataclass
@@ -62,6 +48,7 @@ class Run:
     lanes: int = 0
     state: State | None = None
     accepted: int = 0  # epochs up to which its reports were accepted before it went back to a checkpoint
+    written: Future | None = None  # of what must be on disk before its next report is told
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ class Stack:
         family, program: what they compute.
         make_engine: makes the engine when the first lane arrives (it may probe).
         max_lanes: slots; None asks the engine choice (`make_engine` returns it beside the engine).
-        recorder, checkpoints: where curves and states go.
+        writer: where curves and states go.
         checkpoint_seconds: save running lanes this often, besides at reports.
     """
 
@@ -97,16 +84,14 @@ class Stack:
         family: Family,
         program: Any,
         make_engine: Callable[[], tuple[Engine, int]],
-        recorder: Recorder,
-        checkpoints: Checkpoints,
+        writer: Writer,
         checkpoint_seconds: float = 60.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.family = family
         self.program = program
         self.schedule = family.schedule(program)
-        self.recorder = recorder
-        self.checkpoints = checkpoints
+        self.writer = writer
         self.checkpoint_seconds = checkpoint_seconds
         self._clock = clock
         self._make_engine = make_engine
@@ -127,7 +112,8 @@ class Stack:
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._training or self._landed)
+        untold = any(self._waits_to_be_told(token) for token in self._runs)
+        return bool(self._waiting or self._training or self._landed or untold)
 
     @property
     def lanes(self) -> int:
@@ -150,10 +136,10 @@ class Stack:
 
     def _restore(self, run: Run) -> None:
         """Put a run to where its newest checkpoint, or its parent's, is; to its start where there is none."""
-        found = self.checkpoints.load(run.key)
+        found = self.writer.load(run.key)
         if found is None and run.seed in run.job.parent:
             donor, epoch = run.job.parent[run.seed]
-            found = self.checkpoints.load(donor, epoch * self.schedule.steps_per_epoch)
+            found = self.writer.load(donor, epoch * self.schedule.steps_per_epoch)
             if found is None:
                 raise RuntimeError(f"run {run.key} should continue from run {donor}, which has no checkpoint")
             found[1]["device_seconds"] = 0.0  # the donor's training is the donor's cost
@@ -178,7 +164,11 @@ class Stack:
         self._told.discard(token)
         self._land()
         lanes = []
-        for run in self._runs.pop(token, ()):
+        runs = self._runs.pop(token, [])
+        if self._engine is not None:
+            self._engine.forget([_lane_key(run) for run in runs])
+        wait([run.written for run in runs if run.written])  # whoever let it go may remove its checkpoints now
+        for run in runs:
             lane = _lane_key(run)
             if self._training.pop(lane, None):
                 lanes.append(lane)
@@ -192,14 +182,17 @@ class Stack:
         self._land()
         for run in self._runs.get(token, ()):
             self._checkpoint(run)
+        self.writer.settle()
 
     def tick(self) -> list[Report]:
         """Admit who waits, train about CHUNK_SECONDS, evaluate who ended an epoch. Returns the reports now complete."""
         started = self._clock()
         self._landed = False
+        self.writer.check()
         if self._flight is None:
             self._admit()
             if not self._training:
+                self._wait_for_writing()
                 return self._complete_reports()
             if self._compaction_due():
                 self._need_engine().compact()
@@ -207,6 +200,7 @@ class Stack:
             self._flight = self._launch()
         flight = self._flight
         self._flight = self._launch() if self._may_run_ahead(flight) else None
+        self._prepare_next()
         self._read(flight)
         elapsed = self._clock() - started
         self._step_seconds = elapsed / flight.chunk.steps
@@ -214,22 +208,21 @@ class Stack:
             run.device_seconds += elapsed / len(flight.trained)
             run.lanes = len(flight.trained)
         if self._flight is None and self._checkpoint_due():
-            self.recorder.flush(force=True)
             for run in self._training.values():
                 self._checkpoint(run)
             self._last_checkpoint = self._clock()
-        reports = self._complete_reports()
-        self.recorder.flush(force=bool(reports))
-        return reports
+        self.writer.write_some()
+        return self._complete_reports()
 
     def save_all(self) -> None:
         """Checkpoint every run that trains or is parked, now."""
         self._land()
-        self.recorder.flush(force=True)
         for runs in self._runs.values():
             for run in runs:
                 if run.status in ("training", "parked"):
                     self._checkpoint(run)
+        self.writer.flush()
+        self.writer.settle()
 
     # --- memory ---
 
@@ -290,14 +283,28 @@ class Stack:
         engine = self._need_engine()
         if self._training and engine.until_epoch_end() != self.schedule.steps_per_epoch:
             return
-        while self._waiting and len(self._training) < self._max_lanes:
-            run = self._waiting[0]
-            _, hyper = self.family.build(run.job.values)
-            engine.insert(_lane_key(run), hyper, run.seed, run.state)
-            del self._waiting[0]
+        coming = self._waiting[: max(0, self._max_lanes - len(self._training))]
+        engine.insert_all([self._arrival(run) for run in coming])
+        del self._waiting[: len(coming)]
+        for run in coming:
             run.state = None
             run.status = "training"
             self._training[_lane_key(run)] = run
+
+    def _arrival(self, run: Run) -> Arrival:
+        _, hyper = self.family.build(run.job.values)
+        return Arrival(_lane_key(run), hyper, run.seed, run.state, run.step)
+
+    def _prepare_next(self) -> None:
+        """While the device trains: what the runs that get slots next will need."""
+        engine = self._need_engine()
+        if not engine.runs_ahead:
+            return
+        started = self._clock()
+        for run in self._waiting[: self._max_lanes]:
+            engine.prepare(self._arrival(run))
+            if self._clock() - started > PREPARING_SHARE * CHUNK_SECONDS:
+                break
 
     def _compaction_due(self) -> bool:
         """Whether the stack has stayed half empty, and what is left to train repays compiling a smaller one."""
@@ -370,7 +377,7 @@ class Stack:
             run.status = "diverged"
             kept = int(bad.argmax()) + 1
             curves = {name: values[:kept] for name, values in curves.items()}
-        self.recorder.steps(run.key, run.step + 1, curves)
+        self.writer.steps(run.key, run.step + 1, curves)
         run.step += len(next(iter(curves.values())))
         for name, values in curves.items():
             # step by step, so that the sum does not depend on how the clock cut the epoch into chunks
@@ -380,8 +387,9 @@ class Stack:
         diverged = [lane for lane, run in self._training.items() if run.status == "diverged"]
         if diverged:
             self._need_engine().remove(diverged)
+            written = self.writer.flush()
             for lane in diverged:
-                del self._training[lane]
+                self._training.pop(lane).written = written
 
     def _end_epochs(
         self,
@@ -405,23 +413,25 @@ class Stack:
                 "task": self.schedule.task_of(epoch - 1),
                 "step": run.step,
             }
-            self.recorder.epoch(run.key, row, values)
+            self.writer.epoch(run.key, row, values)
             if lane in covariates:
-                self.recorder.covariates(run.key, epoch, covariates[lane])
+                self.writer.covariates(run.key, epoch, covariates[lane])
             if not all(np.isfinite(values[name]) for name in self._directed if name in values):
                 run.status = "diverged"
         self._drop_diverged()
         leaving = [lane for lane in ended if lane in self._training and self._at_report(self._training[lane])]
-        if leaving:
-            self.recorder.flush(force=True)  # a checkpoint vouches for the rows before it
-        for lane in leaving:
-            run = self._training.pop(lane)
+        left = [self._training.pop(lane) for lane in leaving]
+        for lane, run in zip(leaving, left, strict=True):
             run.state = engine.state(lane)
             self._park_or_wait(run)
             if run.status == "parked":
                 self._checkpoint(run)
-        if leaving:
+        if left:
             engine.remove(leaving)
+            written = self.writer.flush()
+            for run in left:
+                if run.status == "finished":
+                    run.written = written
 
     def _at_report(self, run: Run) -> bool:
         epoch = run.step // self.schedule.steps_per_epoch
@@ -442,15 +452,34 @@ class Stack:
         state = self._need_engine().state(lane) if lane in self._training else run.state
         if state is None:
             return
-        extra = {"epochs": run.epochs, "sums": run.sums, "step": run.step, "device_seconds": run.device_seconds}
-        self.checkpoints.save(run.key, run.step, state, extra)
+        extra = {
+            "epochs": {name: list(values) for name, values in run.epochs.items()},
+            "sums": dict(run.sums),
+            "step": run.step,
+            "device_seconds": run.device_seconds,
+        }
+        run.written = self.writer.save(run.key, run.step, state, extra)
+
+    def _waits_to_be_told(self, token: str) -> bool:
+        """Whether all of a config's runs have come to a report that is not told yet."""
+        return token not in self._told and all(run.status not in ("waiting", "training") for run in self._runs[token])
+
+    def _wait_for_writing(self) -> None:
+        """Nothing trains: until more is on disk of what must be there before the next reports are told."""
+        runs = [run for token, runs in self._runs.items() if self._waits_to_be_told(token) for run in runs]
+        pending = [run.written for run in runs if run.written and not run.written.done()]
+        if pending:
+            wait(pending, return_when=FIRST_COMPLETED)
 
     def _complete_reports(self) -> list[Report]:
         """Configs whose every run is parked at the same report, finished or diverged: each is told once."""
         reports = []
         for token, runs in self._runs.items():
-            if token in self._told or any(run.status in ("waiting", "training") for run in runs):
+            if not self._waits_to_be_told(token) or any(run.written and not run.written.done() for run in runs):
                 continue
+            for run in runs:
+                if run.written:
+                    run.written.result()
             parked = [run for run in runs if run.status == "parked"]
             behind = [run for run in parked if run.step < max(other.step for other in parked)]
             if behind:  # restored from checkpoints of different age: the younger ones catch up first

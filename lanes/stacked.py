@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics, tree_map
+from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
+from lanes.states import copy_into, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
 
 
@@ -69,8 +70,8 @@ class StackedEngine(Engine):
                 self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + 1))
             slot = self._slots.index(None)
             self._slots[slot] = lane.key
-            tree_map(lambda stack, value: stack[slot].copy_(value), self._states, state)
-            tree_map(lambda stack, value: stack[slot].copy_(value), self._hypers, dict(hyper))
+            copy_into(tree_map(lambda stack: stack[slot], self._states), state)
+            copy_into(tree_map(lambda stack: stack[slot], self._hypers), dict(hyper))
         self._position[self._slots.index(lane.key)] = lane.step % self.schedule.steps_per_epoch
 
     def _drop(self, keys: Sequence[str]) -> None:
@@ -171,9 +172,7 @@ class StackedEngine(Engine):
 
     def _everything(self) -> list[Tensor]:
         """All that a step changes; capturing a graph must leave it as it was."""
-        tensors: list[Tensor] = [self._position]
-        tree_map(tensors.append, self._states)
-        return tensors
+        return [self._position, *leaves(self._states)]
 
     # --- reading ---
 
@@ -210,11 +209,11 @@ class StackedEngine(Engine):
 
     def state(self, key: str) -> State:
         slot = self._slots.index(key)
-        return tree_map(lambda stack: stack[slot].clone(), self._states)
+        return copy_of(tree_map(lambda stack: stack[slot], self._states))
 
     def hypers(self, key: str) -> Hypers:
         slot = self._slots.index(key)
-        return tree_map(lambda stack: stack[slot].clone(), self._hypers)
+        return copy_of(tree_map(lambda stack: stack[slot], self._hypers))
 
 
 def power_of_two(count: int) -> int:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from lanes.engine import tree_map
 from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine
+from lanes.states import tree_map
 from tests.families import CASES, arrays_of, build_case
 from trainables.family import dtype_of
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from lanes.engine import tree_map
 from lanes.probe import make_engine
 from lanes.serial import SerialEngine
+from lanes.states import tree_map
 from tests.families import CASES, arrays_of, build_case
 from tests.test_lanes import assert_same_state, neighbours, run
 

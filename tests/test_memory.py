@@ -89,10 +89,10 @@ class Small:
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    def host(small: Small | None = None, lanes=8) -> Host:
+    def host(small: Small | None = None, lanes=8, memory: Memory | None = None) -> Host:
         if small is not None:
             monkeypatch.setattr("lanes.probe.make_engine", small)
-        memory, shelf = Strict(), Shelf()
+        memory, shelf = memory or Strict(), Shelf()
         settings = HostSettings("stacked", lanes, lanes, 0.0, None, tmp_path, lambda label: memory, lambda: shelf)
         made = Host(settings, "cpu", "cpu:0@here")
         made.memory = memory  # type: ignore[attr-defined]
@@ -220,13 +220,11 @@ def test_a_program_with_one_lane_gets_room_from_the_largest_other(host, alone): 
 
 
 def test_a_storage_that_fails_is_no_program_s_fault(host):
-    made = host()
-
     class Full(Memory):
         def flush(self, force=False):
             raise OSError(28, "No space left on device")
 
-    made._recorder = OnceRecorder(Full())
+    made = host(memory=Full())
     made.attach(job("a"))
     reports: list = []
     while not reports:
