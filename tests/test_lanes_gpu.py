@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from lanes.engine import Arrival
 from lanes.probe import make_engine
 from lanes.serial import SerialEngine
 from lanes.states import tree_map
@@ -60,7 +61,12 @@ def test_lane_on_gpu_equals_serial(chosen, engine, precision, cache_dir):
     first = steps // 2
     expected, actual = run(alone, first), run(many, first)
     many.remove(["n0"])
-    many.insert("late", neighbours(hyper, 3)[2], 9)
+    late = Arrival("late", neighbours(hyper, 3)[2], 9)
+    many.prepare(late)  # as beside the training of the others
+    many.insert_all([late])
+    fresh = SerialEngine(family, program, arrays, "cuda")
+    fresh.insert("late", late.hyper, 9)
+    assert_same_state(fresh.state("late"), many.state("late"), 0.0)
     snapshot = many.state("me")
     rest_expected, rest_actual = run(alone, steps - first), run(many, steps - first)
     limit = TOLERANCE[precision]

@@ -177,6 +177,7 @@ def test_a_parcel_from_the_host_is_the_state():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_parcel_from_the_gpu_is_as_it_was_when_it_was_sent():
     given = {"n": torch.arange(5, device="cuda"), "w": {"a": torch.randn(3, 4, device="cuda"), "b": torch.tensor(2.0)}}
     expected = {"n": given["n"].tolist(), "a": given["w"]["a"].tolist()}
