@@ -94,7 +94,7 @@ def _project(
 @triton.jit
 def _bias(at, width: tl.constexpr, WIDTH: tl.constexpr):
     channel = tl.arange(0, WIDTH)
-    return tl.load(at + channel, mask=channel < width, other=0.0)
+    return tl.load(at + channel, mask=channel < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
