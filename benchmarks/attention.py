@@ -1,7 +1,9 @@
 """Whether a fused attention kernel would pay: `python benchmarks/attention.py`, on a GPU.
 
 One layer of attention, forward and backward, lanes folded into the batch as a fused kernel over lanes would have them:
-written out as the families do (products and softmax, compiled, rows padded to 8), and by PyTorch's own fused kernels.
+written out as the families do (products and softmax, compiled, rows padded to 8), by PyTorch's own fused kernels, and
+by ci_vit's kernels for few positions (`trainables/ci_vit/attention_kernel.py`). Those read the projection's own layout
+[samples, positions, 3, heads, width] and add its bias; the others get q, k and v as they like them best.
 `least` is the time to read and write once what must be: q, k, v, the result, and the gradient of each.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages 
 
 from benchmarks.card import seconds_of
 from lanes.graphs import warm_up
+from trainables.ci_vit import attention
 
 SHAPES = {  # lanes, batch, heads, positions, channels of a head, causal
     "ci_vit L3": (32, 100, 3, 65, 16, False),
@@ -40,6 +44,12 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     place = torch.arange(positions + spare, device=q.device)
     absent = place > place[:, None] if causal else place >= positions
     return (torch.softmax(scores.masked_fill(absent, -torch.inf), -1) @ v)[..., :positions, :]
+
+
+def few_positions(qkv: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+    """ci_vit's operators: forward, and the gradient of [N, S, 3, H, D]."""
+    _, lse = attention.attention_forward(qkv, bias)
+    return attention.attention_backward(grad, qkv, bias, lse)
 
 
 def graphed(work: Callable[[], object]) -> Callable[[], object]:
@@ -74,6 +84,7 @@ def main(
         least = 8 * q.numel() * q.element_size() / copy
         how = {"written out, compiled": torch.compile(written_out, dynamic=False)}
         how |= dict.fromkeys(FUSED, F.scaled_dot_product_attention)
+        ways: dict[str, Callable[[], object]] = {}
         for way, function in how.items():
             fused = [FUSED[way]] if way in FUSED and device == "cuda" else [*FUSED.values(), SDPBackend.MATH]
 
@@ -82,7 +93,13 @@ def main(
                     more = {"is_causal": causal} if way in FUSED else {"causal": causal}
                     return torch.autograd.grad(function(*inputs, **more), inputs, grad)
 
-            took = seconds_of(graphed(both) if device == "cuda" else both, device)
+            ways[way] = both
+        if attention.fits(positions, width) and not causal:
+            qkv = torch.stack([x.detach().transpose(1, 2) for x in inputs], 2)
+            bias = torch.zeros(lanes, 3, heads, width, device=device)
+            ways["few positions"] = partial(few_positions, qkv, bias, grad.transpose(1, 2).contiguous())
+        for way, work in ways.items():
+            took = seconds_of(graphed(work) if device == "cuda" else work, device)
             lines.append(
                 f"| {label} | {lanes} | {batch} x {heads} x {positions} x {width}{' causal' * causal} | {way} "
                 f"| {1e3 * took:.3f} | {1e3 * least:.3f} |"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
+from trainables.ci_vit import attention
 from trainables.ci_vit.program import Program
 from trainables.family import dtype_of
 
@@ -131,19 +132,12 @@ def forward(
     x = torch.cat([cls, patches.reshape(count, tokens - 1, width)], dim=1) + params["pos"]
     x = x.reshape(count * tokens, width)
     params = {**params, "qkv/bias": _keys_fixed(params["qkv/bias"], width)}
-    spare = -tokens % 8 if program.precision == "bf16" else 0  # tensor cores want rows of a multiple of 8
-    absent = torch.arange(tokens + spare, device=x.device) >= tokens
     seen: dict[str, list[Tensor]] = {name: [] for name in watch}
     names = [name for name, shape in layout(program).shapes.items() if _per_block(name)]
     for values in zip(*(params[name].unbind(0) for name in names), strict=True):
         block = dict(zip(names, values, strict=True))
         h = _norm(x, block["ln1/scale"], block["ln1/bias"])
-        qkv = h @ block["qkv/kernel"] + block["qkv/bias"]
-        qkv = qkv.reshape(count, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        q, k, v = F.pad(qkv, (0, 0, 0, spare)).reshape(3, count * heads, tokens + spare, width // heads).unbind(0)
-        scores = q @ k.transpose(-1, -2) * (width // heads) ** -0.5
-        attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1)
-        mixed = (attention @ v)[:, :tokens].reshape(count, heads, tokens, width // heads).transpose(1, 2)
+        mixed, distributions = _attend(program, h @ block["qkv/kernel"], block["qkv/bias"], "entropy" in watch)
         x = x + mixed.reshape(count * tokens, width) @ block["out/kernel"] + block["out/bias"]
         h = _norm(x, block["ln2/scale"], block["ln2/bias"])
         pre = h @ block["mlp_in/kernel"] + block["mlp_in/bias"]
@@ -153,11 +147,43 @@ def forward(
             seen["fired"].append((pre.detach() >= 0).sum(0))
         if "activity" in seen:
             seen["activity"].append(active.detach().mean(0))
-        if "entropy" in seen:
-            seen["entropy"].append(_entropy(attention.detach()[:, :tokens]).reshape(count, heads * tokens))
+        if distributions is not None:
+            seen["entropy"].append(_entropy(distributions).reshape(count, heads * tokens))
     cls_tokens = x.reshape(count, tokens, width)[:, 0]
     logits = _norm(cls_tokens, params["ln/scale"], params["ln/bias"]) @ params["head/kernel"] + params["head/bias"]
     return logits.to(dtype_of(program)), {name: torch.stack(values) for name, values in seen.items()}
+
+
+def _attend(program: Program, product: Tensor, bias: Tensor, watched: bool) -> tuple[Tensor, Tensor | None]:
+    """One block's attention: every token's mixed values, and if watched the distributions.
+
+    Args:
+        product: queries, keys and values before their bias, [batch * tokens, 3 * width].
+        bias: [3 * width].
+
+    Returns:
+        [batch * tokens, width], and [batch * heads, tokens, keys] without gradient, a key past the tokens having 0.
+    """
+    tokens, shape = program.tokens, (3, program.heads, program.width // program.heads)
+    written_out = lambda qkv: attention.written_out(
+        qkv.reshape(-1, tokens, *shape), -tokens % 8 if program.precision == "bf16" else 0
+    )
+    distributions = None
+    if _fused(program, product.device):
+        mixed = attention.fused(product.reshape(-1, tokens, *shape), bias.reshape(shape))
+        if watched:  # worked out besides: a covariate does not change the run
+            _, distributions = written_out((product + bias).detach())
+    else:
+        mixed, distributions = written_out(product + bias)
+    if distributions is not None:
+        distributions = distributions.detach()[:, :tokens] if watched else None
+    return mixed.reshape(-1, program.width), distributions
+
+
+def _fused(program: Program, device: torch.device) -> bool:
+    """Whether attention is the fused operator: in bf16 on a GPU. Elsewhere it is written out."""
+    few = attention.fits(program.tokens, program.width // program.heads)
+    return few and program.precision == "bf16" and device.type == "cuda"
 
 
 def _keys_fixed(bias: Tensor, width: int) -> Tensor:
