@@ -1,4 +1,4 @@
-"""The delay operators against the plain convolution: kernels on a GPU as they are used, elsewhere in Triton's interpreter.
+"""The delay operators against the plain convolution; their kernels on a GPU, elsewhere in Triton's interpreter.
 
 The convolution here is PyTorch's own on one lane, in float64. float64 agrees to 1e-12, float32 to 1e-5 of the largest
 value (sums of up to a few thousand products). bf16 inputs are exact in float32, where sums are kept: its results are
@@ -29,6 +29,7 @@ SHAPES = [
     ((2, 2, 1, 1, 1), (3, 3)),  # one step, one position
     ((1, 2, 13, 11, 5), (1, 1)),
     ((2, 5, 6, 4, 33), (2, 3)),  # threads of more than one instance, and some past the end
+    ((1, 1, 4, 3, 2), (7, 20)),  # so many taps that a thread takes fewer positions
 ]
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 LIMITS = {torch.bfloat16: 2**-7, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -58,10 +59,10 @@ def convolution(x, kernels):
 def expected_of(x, kernels, grad):
     """y and both gradients in float64, lane by lane, by autograd."""
     found = []
-    for x, kernels, grad in zip(x.double(), kernels.double(), grad.double(), strict=True):
-        x, kernels = x.clone().requires_grad_(), kernels.clone().requires_grad_()
-        y = convolution(x, kernels)
-        found.append((y.detach(), *torch.autograd.grad(y, (x, kernels), grad)))
+    for lane, taps, to_y in zip(x.double(), kernels.double(), grad.double(), strict=True):
+        leaves = lane.clone().requires_grad_(), taps.clone().requires_grad_()
+        y = convolution(*leaves)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, to_y)))
     return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
 

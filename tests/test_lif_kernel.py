@@ -3,8 +3,8 @@
 Forward, float64: 1e-12 (100 steps that each round at 1e-16; a spike that rounding flips would need a membrane within
 that of the threshold). Forward, float32: neurons whose membrane never comes within 1e-4 of the threshold agree to 1e-5
 (a hundred roundings of 6e-8, values below 10); the others may flip a spike and then differ: they are left out, and few.
-bf16 rounds what float32 has computed, so it is held to float32 on the same rounded input: 2^-7 of the value (the interpreter cuts
-off where a GPU rounds).
+bf16 rounds what float32 has computed, so it is held to float32 on the same rounded input: 2^-7 of the value (the
+interpreter cuts off where a GPU rounds).
 Backward: the same membranes go into both, so nothing can flip: 1e-5 of the largest gradient (bf16: 2^-7 of it).
 """
 

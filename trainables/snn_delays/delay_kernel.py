@@ -1,13 +1,15 @@
+# mypy: disable-error-code="assignment, var-annotated"
+# ruff: noqa: RUF005
+# Triton's tuples grow by +, not by unpacking, and are typed where they are compiled
 """The depthwise convolution over frequency and time as GPU kernels that walk through time, written in Triton.
 
-What there is to do is small (k * K multiply-adds a value), and a general convolution spends its time elsewhere: cuDNN's
-depthwise kernels read every value k * K times over and copy layouts. Here a thread owns one channel at RUN neighbouring
-positions of one sample, holds that channel's k * K taps in registers, and walks through time. Each step reads RUN + k - 1
-values (coalesced: channels stand innermost), one step ahead, and adds them to the K pending outputs, which stand in registers too; so a
-value is read (RUN + k - 1) / RUN times in all, and written once. Sums are kept in float32 (float64 for float64).
+What there is to do is small, k * K multiply-adds a value. A thread owns one channel at RUN neighbouring positions of
+one sample, holds that channel's k * K taps in registers, and walks through time: each step reads RUN + k - 1 values
+(coalesced: channels stand innermost), one step ahead, and adds them to the K pending outputs, which stand in registers
+too. So a value is read (RUN + k - 1) / RUN times in all and written once. Sums are kept in the kernels' dtype.
 
-Products with banded (Toeplitz) matrices would run on tensor cores, but they multiply 7 to 14 times as often, zeros of
-the band and of the tile's rim, and need neighbours along frequency shifted against the tiles.
+Products with banded (Toeplitz) matrices would run on tensor cores, but multiply several times as often (zeros beside
+the band and at the tiles' rims), and move more: the values unfolded over frequency are k times the values.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def _walk(
     STEPS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
     RUN: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = sum of w[j, K - 1 - lag] x[t - lag, n + j - k // 2]; with BACK its transpose, from the last step back."""
+    """y[t, n] = sum of w[j, K - 1 - lag] x[t - lag, n + j - k // 2]; with BACK its transpose, backwards."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel, first = place % CHANNELS, place // CHANNELS * RUN
@@ -143,18 +145,17 @@ def _walked(x: Tensor, kernels: Tensor, back: bool) -> Tensor:
     x, kernels = x.contiguous(), kernels.contiguous()
     y = torch.empty_like(x)
     groups, samples, steps, positions, channels = x.shape
-    run = _run(positions)
+    size, taps = kernels.shape[1:3]
+    run = _run(positions, size, taps)
     grid = (groups * samples, triton.cdiv(triton.cdiv(positions, run) * channels, BLOCK))
-    _walk[grid](
-        x, kernels, y, samples, steps, positions, channels, *kernels.shape[1:3], run, back, BLOCK, num_warps=BLOCK // 32
-    )
+    _walk[grid](x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK, num_warps=BLOCK // 32)
     return y
 
 
 def _correlated(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     groups, samples, steps, positions, channels = x.shape
     size, taps = kernels.shape[1:3]
-    run = _run(positions)
+    run = _run(positions, size, taps)
     width = triton.cdiv(positions, run) * channels
     parts = kernels.new_empty((groups, samples, size, taps, width))
     _correlate[(groups * samples, triton.cdiv(width, BLOCK))](
@@ -163,6 +164,7 @@ def _correlated(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     return parts.unflatten(-1, (-1, channels)).sum((1, 4))
 
 
-def _run(positions: int) -> int:
-    """Positions of a thread: 5 or 4, whichever leaves fewer over."""
-    return min((5, 4), key=lambda run: -positions % run)
+def _run(positions: int, size: int, taps: int) -> int:
+    """Positions of a thread: 5 or 4, whichever leaves fewer over; 2 where so many would not fit its registers."""
+    fitting = [run for run in (5, 4) if size * taps + run * taps + 2 * (run + size) <= 200]
+    return min(fitting, key=lambda run: -positions % run, default=2)

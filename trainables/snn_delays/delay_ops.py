@@ -1,9 +1,9 @@
 """The depthwise convolution over frequency and time as two operators of its own, over all lanes at once.
 
-`lanewise::delay_forward` and `lanewise::delay_backward` are opaque to torch.compile and take lanes as one more axis, where
-a convolution under torch.func.vmap becomes one of lanes x channels groups, with copies before and after it. On a GPU
-they are Triton kernels (`.delay_kernel`); elsewhere the convolution they stand for. What chooses between these operators
-and the plain convolution is `delays.frequency_delay`.
+`lanewise::delay_forward` and `lanewise::delay_backward` are opaque to torch.compile and take lanes as one more axis,
+where a convolution under torch.func.vmap becomes one of lanes x channels groups, with copies before and after it. On a
+GPU they are Triton kernels (`.delay_kernel`); elsewhere the convolution they stand for. `delays.frequency_delay`
+chooses between them and the plain convolution.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainables.snn_delays.neurons import gpu_kernel, lanes_first
 
-LONGEST = 160
+LONGEST = 150
 """Taps k * K of a kernel that a thread can hold in its registers."""
 
 

@@ -103,8 +103,8 @@ def sigma_at(start: Tensor, share: Tensor, epochs: int, elapsed: Tensor, version
 def frequency_delay(x: Tensor, kernels: Tensor) -> Tensor:
     """Depthwise convolution over frequency ("same", zeros) and time (causal).
 
-    On a GPU in bf16 or float32 by the operators of `delay_ops`, for kernels of up to `delay_ops.LONGEST` taps; elsewhere
-    by PyTorch's convolution.
+    On a GPU, in bf16 or float32 and for kernels of up to `delay_ops.LONGEST` taps, by the operators of `delay_ops`;
+    elsewhere by PyTorch's convolution.
 
     Args:
         x: [B, T, N, C].

@@ -8,7 +8,8 @@
 
 Everything but the neurons sees all time steps at once. Activations are [B, T, N, C] throughout (batch, time, positions
 along frequency, channels): every product over channels is then one matrix product on what is in memory, pairs of
-positions included, and nothing is copied from one layout to another. Source: github.com/Thvnvtos/CSNN-1D-Delays, csnnext_delays.py.
+positions included, and nothing is copied from one layout to another.
+Source: github.com/Thvnvtos/CSNN-1D-Delays, csnnext_delays.py.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 import os
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -114,12 +113,13 @@ def gpu_kernel(module: str) -> ModuleType | None:
     if chosen != "kernel":
         raise BadValue(f"LANEWISE_LIF={chosen} should be kernel or loop")
     try:
-        return import_module(f"trainables.snn_delays.{module}")
+        from trainables.snn_delays import delay_kernel, lif_kernel
     except ImportError as error:
         raise BadValue(
             f"spiking neurons on a GPU need triton, which is not installed here ({error}): install it, or set "
             "LANEWISE_LIF=loop to step through time in Python, which is many times slower"
         ) from error
+    return {"lif_kernel": lif_kernel, "delay_kernel": delay_kernel}[module]
 
 
 def lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
