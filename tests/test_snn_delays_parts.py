@@ -25,7 +25,8 @@ def scalar(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=DOUBLE)
 
 
-def currents(seed: int = 0, shape=(3, 4, 25, 5)) -> torch.Tensor:
+def currents(seed: int = 0, shape=(3, 25, 5, 4)) -> torch.Tensor:
+    """[B, T, N, C]"""
     return 0.8 * torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed)) + 0.3
 
 
@@ -38,7 +39,7 @@ def test_lif_forward_and_gradient_are_spikingjelly_s():
     node = neuron.LIFNode(
         tau=2.0, decay_input=False, surrogate_function=surrogate.ATan(alpha=5.0), detach_reset=True, step_mode="m"
     )
-    expected = node(x.movedim(2, 0)).movedim(0, 2)
+    expected = node(x.movedim(1, 0)).movedim(0, 1)
     assert 0.05 < expected.mean() < 0.9
     (expected_grad,) = torch.autograd.grad((expected * weights).sum(), x)
     actual = lif(x, scalar(0.5), scalar(5.0))
@@ -52,7 +53,7 @@ def test_parametric_lif_learns_tau_as_spikingjelly_s_does():
     node = neuron.ParametricLIFNode(
         init_tau=3.0, decay_input=False, surrogate_function=surrogate.ATan(alpha=5.0), detach_reset=True, step_mode="m"
     ).double()
-    expected = node(x.movedim(2, 0)).movedim(0, 2)
+    expected = node(x.movedim(1, 0)).movedim(0, 1)
     (expected * weights).sum().backward()
     program, hyper = FAMILY.build({**TINY, "precision": "float64", "neuron": "plif", "tau_ms": 120.0})
     tensors = hyper_tensors(program, hyper, "cpu")  # 120 ms are 3 steps of 40 ms
@@ -75,19 +76,19 @@ def test_readout_membrane_is_spikingjelly_s_neuron_that_never_spikes():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_lanes_with_their_own_tau_keep_the_hand_written_gradient(compiled):
-    x, weights = currents(shape=(3, 2, 4, 12, 5)), currents(1, (2, 4, 12, 5))
+    x, weights = currents(shape=(3, 2, 12, 5, 4)), currents(1, (2, 12, 5, 4))
     keep, alpha = torch.tensor([0.3, 0.5, 0.9], dtype=DOUBLE), torch.tensor([2.0, 5.0, 5.0], dtype=DOUBLE)
 
     def loss(x, keep, alpha):
         return (lif(x, keep, alpha, learn_keep=True) * weights).sum()
 
     def loop(x, keep, alpha):
-        v, total = torch.zeros_like(x[:, :, 0]), 0.0
-        for t in range(x.shape[2]):
-            h = keep * v + x[:, :, t]
+        v, total = torch.zeros_like(x[:, 0]), 0.0
+        for t in range(x.shape[1]):
+            h = keep * v + x[:, t]
             soft = torch.atan(math.pi / 2 * alpha * (h - 1)) / math.pi
             spike = (h >= 1).to(DOUBLE) - soft.detach() + soft
-            total = total + (spike * weights[:, :, t]).sum()
+            total = total + (spike * weights[:, t]).sum()
             v = h * (1 - spike.detach())
         return total
 
@@ -149,7 +150,7 @@ def test_two_dimensional_kernel_in_closed_form(version, floor):
 
 
 def test_frequency_delay_convolution_by_plain_loops():
-    x = currents(shape=(2, 3, 10, 6))
+    x = currents(shape=(2, 10, 6, 3))
     kernels = torch.randn(3, 5, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
     expected = torch.zeros_like(x)
     for t in range(10):
@@ -158,19 +159,19 @@ def test_frequency_delay_convolution_by_plain_loops():
                 for k in range(4):
                     source_t, source_n = t - 3 + k, n - 2 + f
                     if source_t >= 0 and 0 <= source_n < 6:
-                        expected[:, :, t, n] += kernels[:, f, k] * x[:, :, source_t, source_n]
+                        expected[:, t, n] += kernels[:, f, k] * x[:, source_t, source_n]
     torch.testing.assert_close(delays.frequency_delay(x, kernels), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_right_most_is_no_delay_and_each_step_left_is_one_step_later():
     taps = 9
-    impulse = torch.zeros(1, 1, 12, 1, dtype=DOUBLE)
-    impulse[0, 0, 2, 0] = 1.0
+    impulse = torch.zeros(1, 12, 1, 1, dtype=DOUBLE)
+    impulse[0, 2, 0, 0] = 1.0
     for later in range(taps):
         kernels = delays.discrete(
             torch.ones(1, 1, dtype=DOUBLE), torch.full((1, 1), taps // 2 - later, dtype=DOUBLE), taps, scalar(9.0)
         )
-        out = delays.frequency_delay(impulse, kernels)[0, 0, :, 0]
+        out = delays.frequency_delay(impulse, kernels)[0, :, 0, 0]
         assert int(out.argmax()) == 2 + later
         assert out.sum() == pytest.approx(1.0, abs=1e-6)
         assert float(delays.delay(torch.tensor(float(taps // 2 - later)), taps)) == later

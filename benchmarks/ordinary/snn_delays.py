@@ -76,7 +76,9 @@ class Delays(nn.Module):
             )
         else:
             kernel = delays.discrete(self.weight, self.position, self.taps, self.reach)
-        return delays.frequency_delay(x, kernel)
+        size, taps = kernel.shape[1:]
+        padded = F.pad(x, (size // 2, size - 1 - size // 2, taps - 1, 0))
+        return F.conv2d(padded, kernel.transpose(1, 2).unsqueeze(1), groups=len(kernel))
 
 
 class Block(nn.Module):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainables.snn_delays import delay_ops
+
 GAUSS_2_1D = 1.0
 """Width at sigma 0 of the Gaussian of `Dcls2_1d` (frequency x delay)."""
 GAUSS_1D = 0.27
@@ -101,16 +103,21 @@ def sigma_at(start: Tensor, share: Tensor, epochs: int, elapsed: Tensor, version
 def frequency_delay(x: Tensor, kernels: Tensor) -> Tensor:
     """Depthwise convolution over frequency ("same", zeros) and time (causal).
 
+    On a GPU, in bf16 or float32 and for kernels of up to `delay_ops.LONGEST` taps, by the operators of `delay_ops`;
+    elsewhere by PyTorch's convolution.
+
     Args:
-        x: [B, C, T, N].
+        x: [B, T, N, C].
         kernels: [C, k, K], k along frequency.
 
     Returns:
-        [B, C, T, N].
+        [B, T, N, C].
     """
-    size, taps = kernels.shape[1:]
-    padded = F.pad(x, (size // 2, size // 2 - (1 - size % 2), taps - 1, 0))
-    return F.conv2d(padded, kernels.transpose(1, 2).unsqueeze(1), groups=kernels.shape[0])
+    channels, size, taps = kernels.shape
+    if x.is_cuda and x.dtype != torch.float64 and size * taps <= delay_ops.LONGEST:
+        return delay_ops.walked_delay(x, kernels)
+    padded = F.pad(x.permute(0, 3, 1, 2), (size // 2, size - 1 - size // 2, taps - 1, 0))
+    return F.conv2d(padded, kernels.transpose(1, 2).unsqueeze(1), groups=channels).permute(0, 2, 3, 1)
 
 
 def synapse_delay(x: Tensor, kernels: Tensor) -> Tensor:

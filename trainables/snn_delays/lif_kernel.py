@@ -20,94 +20,104 @@ HALF_PI = tl.constexpr(math.pi / 2)
 
 
 @triton.jit
-def _addresses(neurons, steps: tl.constexpr, positions: tl.constexpr, BLOCK: tl.constexpr):
-    """Where step 0 of this instance's neurons stands in [G, R, T, N], and which of its places are neurons."""
+def _addresses(neurons, steps: tl.constexpr, places: tl.constexpr, BLOCK: tl.constexpr):
+    """Where step 0 of this instance's neurons stands in [G, R, T, P], at which place each is, and which are neurons."""
     neuron = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, position = neuron // positions, neuron % positions
+    row, place = neuron // places, neuron % places
     group = tl.program_id(1).to(tl.int64)
-    return group * neurons * steps + row * steps * positions + position, neuron < neurons
+    return group * neurons * steps + row * steps * places + place, place, neuron < neurons
 
 
 @triton.jit
-def _forward(x, keep, h, neurons, steps: tl.constexpr, positions: tl.constexpr, BLOCK: tl.constexpr):
-    at, real = _addresses(neurons, steps, positions, BLOCK)
-    k = tl.load(keep + tl.program_id(1))
-    v = tl.zeros((BLOCK,), x.dtype.element_ty)
+def _forward(
+    x, scale, shift, keep, spikes, over, neurons,
+    steps: tl.constexpr, places: tl.constexpr, channels: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at, place, real = _addresses(neurons, steps, places, BLOCK)
+    channel = tl.program_id(1) * channels + place % channels
+    a, b, k = tl.load(scale + channel), tl.load(shift + channel), tl.load(keep + tl.program_id(1))
+    v = tl.zeros((BLOCK,), scale.dtype.element_ty)
     for t in range(0, steps, 4):
         in1, in2, in3 = real & (t + 1 < steps), real & (t + 2 < steps), real & (t + 3 < steps)
         x0 = tl.load(x + at, mask=real, other=0.0)
-        x1 = tl.load(x + at + positions, mask=in1, other=0.0)
-        x2 = tl.load(x + at + 2 * positions, mask=in2, other=0.0)
-        x3 = tl.load(x + at + 3 * positions, mask=in3, other=0.0)
-        h0 = k * v + x0
+        x1 = tl.load(x + at + places, mask=in1, other=0.0)
+        x2 = tl.load(x + at + 2 * places, mask=in2, other=0.0)
+        x3 = tl.load(x + at + 3 * places, mask=in3, other=0.0)
+        h0 = k * v + (a * x0.to(v.dtype) + b)
         v = tl.where(h0 >= 1.0, 0.0, h0)
-        h1 = k * v + x1
+        h1 = k * v + (a * x1.to(v.dtype) + b)
         v = tl.where(h1 >= 1.0, 0.0, h1)
-        h2 = k * v + x2
+        h2 = k * v + (a * x2.to(v.dtype) + b)
         v = tl.where(h2 >= 1.0, 0.0, h2)
-        h3 = k * v + x3
+        h3 = k * v + (a * x3.to(v.dtype) + b)
         v = tl.where(h3 >= 1.0, 0.0, h3)
-        tl.store(h + at, h0, mask=real)
-        tl.store(h + at + positions, h1, mask=in1)
-        tl.store(h + at + 2 * positions, h2, mask=in2)
-        tl.store(h + at + 3 * positions, h3, mask=in3)
-        at += 4 * positions
+        tl.store(over + at, h0 - 1.0, mask=real)
+        tl.store(over + at + places, h1 - 1.0, mask=in1)
+        tl.store(over + at + 2 * places, h2 - 1.0, mask=in2)
+        tl.store(over + at + 3 * places, h3 - 1.0, mask=in3)
+        tl.store(spikes + at, tl.where(h0 >= 1.0, 1.0, 0.0), mask=real)
+        tl.store(spikes + at + places, tl.where(h1 >= 1.0, 1.0, 0.0), mask=in1)
+        tl.store(spikes + at + 2 * places, tl.where(h2 >= 1.0, 1.0, 0.0), mask=in2)
+        tl.store(spikes + at + 3 * places, tl.where(h3 >= 1.0, 1.0, 0.0), mask=in3)
+        at += 4 * places
 
 
 @triton.jit
-def _slope(grad, h, a):
+def _slope(grad, over, a):
     """grad * ds/dh of the ATan surrogate."""
-    bent = HALF_PI * a * (h - 1.0)
+    bent = HALF_PI * a * over
     return grad * (a / 2) / (1.0 + bent * bent)
 
 
 @triton.jit
-def _backward(grad, h, keep, alpha, out, neurons, steps: tl.constexpr, positions: tl.constexpr, BLOCK: tl.constexpr):
-    at, real = _addresses(neurons, steps, positions, BLOCK)
+def _backward(grad, over, keep, alpha, out, neurons, steps: tl.constexpr, places: tl.constexpr, BLOCK: tl.constexpr):
+    at, _, real = _addresses(neurons, steps, places, BLOCK)
     k, a = tl.load(keep + tl.program_id(1)), tl.load(alpha + tl.program_id(1))
-    later = tl.zeros((BLOCK,), grad.dtype.element_ty)
-    at += (steps - 1) * positions  # from the last step backwards
+    later = tl.zeros((BLOCK,), keep.dtype.element_ty)
+    at += (steps - 1) * places  # from the last step backwards
     for t in range(0, steps, 4):
         in1, in2, in3 = real & (t + 1 < steps), real & (t + 2 < steps), real & (t + 3 < steps)
-        d0 = tl.load(grad + at, mask=real, other=0.0)
-        d1 = tl.load(grad + at - positions, mask=in1, other=0.0)
-        d2 = tl.load(grad + at - 2 * positions, mask=in2, other=0.0)
-        d3 = tl.load(grad + at - 3 * positions, mask=in3, other=0.0)
-        h0 = tl.load(h + at, mask=real, other=0.0)
-        h1 = tl.load(h + at - positions, mask=in1, other=0.0)
-        h2 = tl.load(h + at - 2 * positions, mask=in2, other=0.0)
-        h3 = tl.load(h + at - 3 * positions, mask=in3, other=0.0)
-        g0 = _slope(d0, h0, a) + tl.where(h0 >= 1.0, 0.0, k) * later
-        g1 = _slope(d1, h1, a) + tl.where(h1 >= 1.0, 0.0, k) * g0
-        g2 = _slope(d2, h2, a) + tl.where(h2 >= 1.0, 0.0, k) * g1
-        g3 = _slope(d3, h3, a) + tl.where(h3 >= 1.0, 0.0, k) * g2
+        d0 = tl.load(grad + at, mask=real, other=0.0).to(later.dtype)
+        d1 = tl.load(grad + at - places, mask=in1, other=0.0).to(later.dtype)
+        d2 = tl.load(grad + at - 2 * places, mask=in2, other=0.0).to(later.dtype)
+        d3 = tl.load(grad + at - 3 * places, mask=in3, other=0.0).to(later.dtype)
+        o0 = tl.load(over + at, mask=real, other=0.0).to(later.dtype)
+        o1 = tl.load(over + at - places, mask=in1, other=0.0).to(later.dtype)
+        o2 = tl.load(over + at - 2 * places, mask=in2, other=0.0).to(later.dtype)
+        o3 = tl.load(over + at - 3 * places, mask=in3, other=0.0).to(later.dtype)
+        g0 = _slope(d0, o0, a) + tl.where(o0 >= 0.0, 0.0, k) * later
+        g1 = _slope(d1, o1, a) + tl.where(o1 >= 0.0, 0.0, k) * g0
+        g2 = _slope(d2, o2, a) + tl.where(o2 >= 0.0, 0.0, k) * g1
+        g3 = _slope(d3, o3, a) + tl.where(o3 >= 0.0, 0.0, k) * g2
         later = g3
         tl.store(out + at, g0, mask=real)
-        tl.store(out + at - positions, g1, mask=in1)
-        tl.store(out + at - 2 * positions, g2, mask=in2)
-        tl.store(out + at - 3 * positions, g3, mask=in3)
-        at -= 4 * positions
+        tl.store(out + at - places, g1, mask=in1)
+        tl.store(out + at - 2 * places, g2, mask=in2)
+        tl.store(out + at - 3 * places, g3, mask=in3)
+        at -= 4 * places
 
 
-def forward(x: Tensor, keep: Tensor) -> Tensor:
-    """As `neurons.lif_forward`: h [G, R, T, N]."""
-    x, keep = x.contiguous(), keep.contiguous()
-    h = torch.empty_like(x)
+def forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """As `neurons.lif_forward`: spikes and h - 1, [G, R, T, P]."""
+    x, scale, shift, keep = x.contiguous(), scale.contiguous(), shift.contiguous(), keep.contiguous()
+    spikes, over = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
-        groups, rows, steps, positions = x.shape
-        neurons = rows * positions
+        groups, rows, steps, places = x.shape
+        neurons = rows * places
         grid = (triton.cdiv(neurons, BLOCK), groups)
-        _forward[grid](x, keep, h, neurons, steps, positions, BLOCK=BLOCK)
-    return h
+        _forward[grid](
+            x, scale, shift, keep, spikes, over, neurons, steps, places, scale.shape[1], BLOCK=BLOCK
+        )  # fmt: skip
+    return spikes, over
 
 
-def backward(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    """As `neurons.lif_backward`: [G, R, T, N]."""
-    grad, h, keep, alpha = grad.contiguous(), h.contiguous(), keep.contiguous(), alpha.contiguous()
-    out = torch.empty_like(h)
-    if h.numel():
-        groups, rows, steps, positions = h.shape
-        neurons = rows * positions
+def backward(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    """As `neurons.lif_backward`: [G, R, T, P]."""
+    grad, over, keep, alpha = grad.contiguous(), over.contiguous(), keep.contiguous(), alpha.contiguous()
+    out = torch.empty_like(over)
+    if over.numel():
+        groups, rows, steps, places = over.shape
+        neurons = rows * places
         grid = (triton.cdiv(neurons, BLOCK), groups)
-        _backward[grid](grad, h, keep, alpha, out, neurons, steps, positions, BLOCK=BLOCK)
+        _backward[grid](grad, over, keep, alpha, out, neurons, steps, places, BLOCK=BLOCK)
     return out

@@ -6,7 +6,10 @@
     between stages: convolution over frequency, kernel = stride = 2, twice the channels, + BN
     mean over frequency -> dropout -> linear (or one learned delay a synapse) -> membrane that never spikes
 
-Everything but the neurons sees all time steps at once. Source: github.com/Thvnvtos/CSNN-1D-Delays, csnnext_delays.py.
+Everything but the neurons sees all time steps at once. Activations are [B, T, N, C] throughout (batch, time, positions
+along frequency, channels): every product over channels is then one matrix product on what is in memory, pairs of
+positions included, and nothing is copied from one layout to another.
+Source: github.com/Thvnvtos/CSNN-1D-Delays, csnnext_delays.py.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
@@ -181,36 +185,38 @@ class Pass:
         """frames [B, T, F] -> membranes of the classes [B, classes, T]."""
         program, params = self.program, self.params
         used = frames.shape[-1] // program.stem * program.stem
-        windows = frames[..., :used].unflatten(-1, (-1, program.stem))
-        x = self._norm(torch.einsum("btnk,ck->bctn", windows, params["stem.weight"]), "stem")
+        windows, weight = frames[..., :used].unflatten(-1, (-1, program.stem)), params["stem.weight"]
+        if frames.is_cuda:  # tensor cores want rows of 8 values
+            windows, weight = (F.pad(t, (0, -program.stem % 8)) for t in (windows, weight))
+        x = self._norm(mix(windows, weight), "stem")
         for stage, name in blocks(program):
             x = self._block(x, name)
             if name.endswith(f"block{program.blocks[stage]}") and stage + 1 < len(program.blocks):
                 x = self._down(x, f"down{stage + 1}")
-        features = x.mean(-1)
+        features = x.mean(2, dtype=dtype_of(program))  # [B, T, C]
         if self.dropout is not None:
-            features = features * self.dropout.unsqueeze(-1)
+            features = features * self.dropout.unsqueeze(1)
         if program.fc_delay_ms:
-            current = delays.synapse_delay(features, self.kernels["fc"])
+            current = delays.synapse_delay(features.transpose(1, 2), self.kernels["fc"])
         else:
-            current = torch.einsum("bct,oc->bot", features, params["fc.weight"])
+            current = torch.einsum("btc,oc->bot", features, params["fc.weight"])
         with torch.autocast(frames.device.type, enabled=False):
             return membrane(current.to(frames.dtype), self._keep("fc"))
 
     def _block(self, x: Tensor, name: str) -> Tensor:
         x = delays.frequency_delay(x, self.kernels[name])
-        x = torch.einsum("bctn,dc->bdtn", x, self.params[f"{name}.pointwise"])
-        x = self._norm(x, name)
-        x = lif(x, self._keep(name), self.hyper["alpha"], learn_keep=self.program.neuron == "plif")
+        x = mix(x, self.params[f"{name}.pointwise"])
+        learn_keep = self.program.neuron == "plif"
+        x = lif(x, self._keep(name), self.hyper["alpha"], self._affine(x, name), learn_keep=learn_keep)
         if self.program.bottleneck == "none":
             return x
-        x = torch.einsum("bctn,dc->bdtn", x, self.params[f"{name}.pointwise_out"])
-        return self._norm(x, f"{name}.out") if self.program.bottleneck == "two_bn" else x.to(dtype_of(self.program))
+        x = mix(x, self.params[f"{name}.pointwise_out"])
+        return self._norm(x, f"{name}.out") if self.program.bottleneck == "two_bn" else x
 
     def _down(self, x: Tensor, name: str) -> Tensor:
-        pairs = x[..., : x.shape[-1] // 2 * 2].unflatten(-1, (-1, 2))
-        weight = self.params[f"{name}.weight"].unflatten(-1, (-1, 2))
-        return self._norm(torch.einsum("bctnk,dck->bdtn", pairs, weight), name)
+        pairs = x[:, :, : x.shape[2] // 2 * 2].unflatten(2, (-1, 2)).flatten(3)
+        weight = self.params[f"{name}.weight"].unflatten(-1, (-1, 2)).transpose(1, 2).flatten(1)
+        return self._norm(mix(pairs, weight), name)
 
     def _keep(self, name: str) -> Tensor:
         if self.program.neuron == "plif":
@@ -218,21 +224,39 @@ class Pass:
         return keep_of_tau(self.hyper["tau_ms"], self.program.dt_ms)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        """Batch normalisation over batch, time and positions [B, C, T, N] (torch.nn.BatchNorm1d on time folded into
-        the batch); frames that do not count are left out of the statistics."""
-        x = x.to(dtype_of(self.program))
+        """Batch normalisation of [B, T, N, C], in x's dtype."""
+        scale, shift = self._affine(x, name)
+        return (scale * x + shift).to(x.dtype)
+
+    def _affine(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Batch normalisation of [B, T, N, C] as a scale and a shift of each channel, [C].
+
+        Statistics are over batch, time and positions (torch.nn.BatchNorm1d on time folded into the batch); frames that
+        do not count are left out of them. Both moments are taken about the running mean, in one pass over x: about a
+        point so near the batch's own mean their difference does not cancel, as it can about zero.
+        """
         mean, var = self.running[f"{name}.mean"], self.running[f"{name}.var"]
         if self.mask is not None:
-            counts = self.mask[:, None, :, None].to(x.dtype)
-            count = counts.sum() * x.shape[-1]
-            batch_mean = (x * counts).sum((0, 2, 3)) / count
-            centred = x - batch_mean[:, None, None]
-            batch_var = (centred.square() * counts).sum((0, 2, 3)) / count
+            count = self.mask.sum().to(mean.dtype) * x.shape[2]
+            away = (x.to(mean.dtype) - mean) * self.mask[:, :, None, None].to(mean.dtype)
+            # sums of each sample first: a GPU takes them side by side
+            first, second = (t.sum((1, 2)).sum(0) / count for t in (away, away.square()))
+            batch_mean, batch_var = mean + first, (second - first.square()).clamp(min=0)
             self.moved[f"{name}.mean"] = (1 - BN_MOMENTUM) * mean + BN_MOMENTUM * batch_mean
             self.moved[f"{name}.var"] = (1 - BN_MOMENTUM) * var + BN_MOMENTUM * batch_var * count / (count - 1)
             mean, var = batch_mean, batch_var
         scale = self.params[f"{name}.bn_scale"] * torch.rsqrt(var + BN_EPS)
-        return (x - mean[:, None, None]) * scale[:, None, None] + self.params[f"{name}.bn_shift"][:, None, None]
+        return scale, self.params[f"{name}.bn_shift"] - mean * scale
+
+
+def mix(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution of size one: x [B, T, N, C], weight [D, C] -> [B, T, N, D].
+
+    One matrix product a sample, so that the gradient of `weight` is one a sample too, and their sum: as one product it
+    would be a sum over all of B * T * N in a handful of tiles, for which a batch of lanes gets no split.
+    """
+    y = torch.bmm(x.flatten(1, 2), weight.t().expand(len(x), -1, -1))
+    return y.unflatten(1, x.shape[1:3])
 
 
 def train_kernels(program: Program, hyper: Hypers, params: Tensors, sigmas: Tensor) -> Tensors:

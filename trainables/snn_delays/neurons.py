@@ -12,7 +12,10 @@ and backward ds/dh = (alpha/2) / (1 + (pi/2 * alpha * (h - 1))^2), `surrogate.AT
 Only this recurrence runs along time, so it is two operators of its own, `lanewise::lif_forward` and
 `lanewise::lif_backward`, over all lanes at once: opaque to torch.compile (which would otherwise unroll every time
 step). On a CPU they are loops over time; on a GPU each is one Triton kernel (`.lif_kernel`). The environment variable
-LANEWISE_LIF=loop takes the loops there too; nothing else does.
+LANEWISE_LIF=loop takes the loops there too, and convolutions for `.delay_ops`; nothing else does.
+
+Batch normalisation's scale and shift are applied on the way in: what is read and kept for the gradient is then the
+product before it, in bf16 where the program computes in bf16.
 """
 
 from __future__ import annotations
@@ -26,94 +29,100 @@ from torch import Tensor
 
 from trainables.family import BadValue
 
-# --- the two operators: [groups, rows, time, positions], one decay and one alpha a group ------------------------------
+# --- the two operators: [groups, rows, time, places], one decay and one alpha a group ---------------------------------
 
 
 @torch.library.custom_op("lanewise::lif_forward", mutates_args=())
-def lif_forward(x: Tensor, keep: Tensor) -> Tensor:
-    """Membrane before the spike, h.
+def lif_forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Spikes, and how far the membrane stands above its threshold.
 
     Args:
-        x: input current, [G, R, T, N].
+        x: [G, R, T, P]; the input current is scale * x + shift, of the channel p % C.
+        scale, shift: [G, C], C a divisor of P; arithmetic is done in their dtype, whatever x's.
         keep: share of the membrane that survives one step, 1 - 1/tau, [G].
 
     Returns:
-        h [G, R, T, N], contiguous. A spike stands where h >= 1.
+        spikes: zeros and ones, [G, R, T, P], contiguous, of x's dtype.
+        over: h - 1, likewise. A spike stands where it is not negative: the difference keeps that, and what the gradient
+            needs of a membrane near its threshold, when it is rounded to bf16.
     """
-    return forward_loop(x, keep)
+    return forward_loop(x, scale, shift, keep)
 
 
-def forward_loop(x: Tensor, keep: Tensor) -> Tensor:
+def forward_loop(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """`lif_forward` step by step, on any device."""
-    current = x.movedim(2, 0).contiguous()
+    scaled = scale[:, None, None, None] * x.unflatten(-1, (-1, scale.shape[1])) + shift[:, None, None, None]
+    current = scaled.flatten(-2).movedim(2, 0).contiguous()
     factor = keep.reshape(-1, 1, 1)
     membranes = torch.empty_like(current)
     v = torch.zeros_like(current[0])
     for t in range(current.shape[0]):
         h = torch.addcmul(current[t], factor, v, out=membranes[t])
         v = torch.where(h >= 1, 0.0, h)
-    return membranes.movedim(0, 2).contiguous()
+    over = (membranes - 1).movedim(0, 2).to(x.dtype).contiguous()
+    return (over >= 0).to(x.dtype), over
 
 
 @lif_forward.register_fake
-def _(x: Tensor, keep: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("lanewise::lif_backward", mutates_args=())
-def lif_backward(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    """Gradient with respect to x (and to h) from the gradient with respect to the spikes, both [G, R, T, N].
+def lif_backward(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    """Gradient with respect to the input current from the one with respect to the spikes, both [G, R, T, P] and of the
+    dtype of `over`; arithmetic in that of `keep`.
 
     g[t] = grad[t] * ds/dh[t] + keep * (1 - s[t]) * g[t+1].
     """
-    return backward_loop(grad, h, keep, alpha)
+    return backward_loop(grad, over, keep, alpha)
 
 
-def backward_loop(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+def backward_loop(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
     """`lif_backward` step by step, on any device."""
     a = alpha.reshape(-1, 1, 1, 1)
-    direct = (grad * (a / 2) / (1 + (math.pi / 2 * a * (h - 1)) ** 2)).movedim(2, 0).contiguous()
-    carry = torch.where(h >= 1, 0.0, keep.reshape(-1, 1, 1, 1)).movedim(2, 0).contiguous()
+    direct = (grad * (a / 2) / (1 + (math.pi / 2 * a * over) ** 2)).movedim(2, 0).contiguous()
+    carry = torch.where(over >= 0, 0.0, keep.reshape(-1, 1, 1, 1)).movedim(2, 0).contiguous()
     for t in range(direct.shape[0] - 2, -1, -1):
         direct[t].addcmul_(carry[t], direct[t + 1])
-    return direct.movedim(0, 2).contiguous()
+    return direct.movedim(0, 2).to(over.dtype).contiguous()
 
 
 @lif_backward.register_fake
-def _(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    return h.new_empty(h.shape)
+def _(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    return over.new_empty(over.shape)
 
 
 @lif_forward.register_kernel("cuda")
-def _(x: Tensor, keep: Tensor) -> Tensor:
-    kernel = gpu_kernel()
-    return forward_loop(x, keep) if kernel is None else kernel.forward(x, keep)
+def _(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = gpu_kernel("lif_kernel")
+    return forward_loop(x, scale, shift, keep) if kernel is None else kernel.forward(x, scale, shift, keep)
 
 
 @lif_backward.register_kernel("cuda")
-def _(grad: Tensor, h: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    kernel = gpu_kernel()
-    return backward_loop(grad, h, keep, alpha) if kernel is None else kernel.backward(grad, h, keep, alpha)
+def _(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+    kernel = gpu_kernel("lif_kernel")
+    return backward_loop(grad, over, keep, alpha) if kernel is None else kernel.backward(grad, over, keep, alpha)
 
 
-def gpu_kernel() -> ModuleType | None:
-    """The module of the GPU kernels, or None where LANEWISE_LIF=loop asks for the loops. Raises `BadValue`."""
+def gpu_kernel(module: str) -> ModuleType | None:
+    """This module of GPU kernels, or None where LANEWISE_LIF=loop asks for plain PyTorch. Raises `BadValue`."""
     chosen = os.environ.get("LANEWISE_LIF", "kernel")
     if chosen == "loop":
         return None
     if chosen != "kernel":
         raise BadValue(f"LANEWISE_LIF={chosen} should be kernel or loop")
     try:
-        from trainables.snn_delays import lif_kernel
+        from trainables.snn_delays import delay_kernel, lif_kernel
     except ImportError as error:
         raise BadValue(
             f"spiking neurons on a GPU need triton, which is not installed here ({error}): install it, or set "
             "LANEWISE_LIF=loop to step through time in Python, which is many times slower"
         ) from error
-    return lif_kernel
+    return {"lif_kernel": lif_kernel, "delay_kernel": delay_kernel}[module]
 
 
-def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
+def lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
     """The lane axis joined to the group axis, [L, G, ...] -> [L * G, ...]."""
     stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return stacked.flatten(0, 1)
@@ -121,13 +130,13 @@ def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
 
 @lif_forward.register_vmap
 def _(info, dims, *args):
-    out = lif_forward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return out.unflatten(0, (info.batch_size, -1)), 0
+    outs = lif_forward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outs), (0, 0)
 
 
 @lif_backward.register_vmap
 def _(info, dims, *args):
-    out = lif_backward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    out = lif_backward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -135,54 +144,73 @@ def _(info, dims, *args):
 
 
 class _Lif(torch.autograd.Function):
-    """Spikes and h of the operators above, with their hand-written gradient."""
+    """Spikes and `over` of the operators above, with their hand-written gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
+    ) -> tuple[Tensor, Tensor]:
         # a custom operator may not see a tensor that asks for a gradient while torch.func is at work
-        h = lif_forward(x.detach(), keep.detach())
-        return (h >= 1).to(h.dtype), h
+        return lif_forward(x.detach(), scale.detach(), shift.detach(), keep.detach())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, keep, alpha, ctx.learn_keep = inputs
+        x, scale, _, keep, alpha, ctx.learn_keep = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(keep, alpha, output[1])
+        ctx.save_for_backward(x, scale, keep, alpha, output[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
-        keep, alpha, h = ctx.saved_tensors
-        current = lif_backward(grad.detach(), h.detach(), keep.detach(), alpha.detach())
-        if not ctx.learn_keep:
-            return current, None, None, None
-        before = torch.where(h >= 1, 0.0, h)[:, :, :-1]  # v[t-1]
-        return current, (current[:, :, 1:] * before).sum((1, 2, 3)), None, None
+        x, scale, keep, alpha, over = ctx.saved_tensors
+        current = lif_backward(grad.detach(), over.detach(), keep.detach(), alpha.detach())
+        # [G, R, T, N, C]; rows first, so that a GPU sums many of them side by side
+        wide, values = (t.to(scale.dtype).unflatten(-1, (-1, scale.shape[1])) for t in (current, x))
+        to_scale, to_shift = (wide * values).sum((2, 3)).sum(1), wide.sum((2, 3)).sum(1)
+        to_x = (wide * scale[:, None, None, None]).to(x.dtype).flatten(-2)
+        to_keep = None
+        if ctx.learn_keep:
+            before = torch.where(over >= 0, 0.0, over.to(keep.dtype) + 1)[:, :, :-1]  # v[t-1]
+            to_keep = (current[:, :, 1:] * before).sum((1, 2, 3))
+        return to_x, to_scale, to_shift, to_keep, None, None
 
 
 @torch.compiler.allow_in_graph
-def _lif(x: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool) -> tuple[Tensor, Tensor]:
+def _lif(
+    x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
+) -> tuple[Tensor, Tensor]:
     # allow_in_graph: traced through, torch.compile (2.13) would drop the hand-written gradient under torch.func.grad
     # without a word and differentiate the comparison instead
-    return _Lif.apply(x, keep, alpha, learn_keep)
+    return _Lif.apply(x, scale, shift, keep, alpha, learn_keep)
 
 
-def lif(x: Tensor, keep: Tensor, alpha: Tensor, *, learn_keep: bool = False) -> Tensor:
+def lif(
+    x: Tensor,
+    keep: Tensor,
+    alpha: Tensor,
+    affine: tuple[Tensor, Tensor] | None = None,
+    *,
+    learn_keep: bool = False,
+) -> Tensor:
     """Spikes of a layer of LIF neurons at rest before the first step.
 
     Args:
-        x: input current, [B, C, T, N] (batch, channels, time, positions).
+        x: [B, T, N, C] (batch, time, positions, channels).
         keep: 1 - 1/tau, 0-d; tau in time steps.
         alpha: steepness of the ATan surrogate, 0-d.
+        affine: scale and shift, each [C]: the input current is scale * x + shift, worked out in their dtype. x itself
+            without them.
         learn_keep: give `keep` a gradient (parametric LIF).
 
     Returns:
-        Spikes, zeros and ones in x's dtype, [B, C, T, N].
+        Spikes, zeros and ones in x's dtype, [B, T, N, C].
     """
-    batch, channels, steps, positions = x.shape
-    rows = x.reshape(1, batch * channels, steps, positions)
-    spikes, _ = _lif(rows, keep.to(x.dtype).reshape(1), alpha.to(x.dtype).reshape(1), learn_keep)
+    if affine is None:
+        one = torch.ones(x.shape[-1], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        affine = one, torch.zeros_like(one)
+    numbers = [*affine, keep.to(affine[0].dtype).reshape(1), alpha.to(affine[0].dtype).reshape(1)]
+    spikes, _ = _lif(x.flatten(2).unsqueeze(0), *(n.reshape(1, -1) for n in numbers[:2]), *numbers[2:], learn_keep)
     return spikes.reshape(x.shape)
 
 

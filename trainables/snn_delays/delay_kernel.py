@@ -1,0 +1,170 @@
+# mypy: disable-error-code="assignment, var-annotated"
+# ruff: noqa: RUF005
+# Triton's tuples grow by +, not by unpacking, and are typed where they are compiled
+"""The depthwise convolution over frequency and time as GPU kernels that walk through time, written in Triton.
+
+What there is to do is small, k * K multiply-adds a value. A thread owns one channel at RUN neighbouring positions of
+one sample, holds that channel's k * K taps in registers, and walks through time: each step reads RUN + k - 1 values
+(coalesced: channels stand innermost), one step ahead, and adds them to the K pending outputs, which stand in registers
+too. So a value is read (RUN + k - 1) / RUN times in all and written once. Sums are kept in the kernels' dtype.
+
+Products with banded (Toeplitz) matrices would run on tensor cores, but multiply several times as often (zeros beside
+the band and at the tiles' rims), and move more: the values unfolded over frequency are k times the values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64
+"""Threads, two warps: 640 threads a sample make many small instances, which fill 132 multiprocessors evenly."""
+
+
+@triton.jit
+def _inside(first, offset, POSITIONS: tl.constexpr):
+    """Whether a position stands in the sample, for threads that have positions of their own."""
+    return (first < POSITIONS) & (first + offset >= 0) & (first + offset < POSITIONS)
+
+
+@triton.jit
+def _walk(
+    x, kernels, y, samples,
+    STEPS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
+    RUN: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] = sum of w[j, K - 1 - lag] x[t - lag, n + j - k // 2]; with BACK its transpose, backwards."""
+    image = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel, first = place % CHANNELS, place // CHANNELS * RUN
+    LEFT: tl.constexpr = SIZE - 1 - SIZE // 2 if BACK else SIZE // 2
+    STRIDE: tl.constexpr = -POSITIONS * CHANNELS if BACK else POSITIONS * CHANNELS
+    at = image * STEPS * POSITIONS * CHANNELS + first * CHANNELS + channel
+    if BACK:
+        at += (STEPS - 1) * POSITIONS * CHANNELS
+    taps = kernels + (image // samples) * SIZE * TAPS * CHANNELS + channel
+    w = ()
+    for j in tl.static_range(SIZE):
+        for lag in tl.static_range(TAPS):
+            row = (SIZE - 1 - j if BACK else j) * TAPS + TAPS - 1 - lag
+            w = w + (tl.load(taps + row * CHANNELS),)
+    zero = tl.zeros((BLOCK,), kernels.dtype.element_ty)
+    pending = ()
+    for _ in tl.static_range(TAPS * RUN):
+        pending = pending + (zero,)
+    ahead = ()
+    for p in tl.static_range(RUN + SIZE - 1):
+        ahead = ahead + (tl.load(x + at + (p - LEFT) * CHANNELS, mask=_inside(first, p - LEFT, POSITIONS), other=0.0),)
+    for t in range(STEPS):
+        seen = ()
+        for p in tl.static_range(RUN + SIZE - 1):
+            seen = seen + (ahead[p].to(zero.dtype),)
+        ahead = ()  # the next step's values are on their way while this one's are multiplied
+        for p in tl.static_range(RUN + SIZE - 1):
+            inside = _inside(first, p - LEFT, POSITIONS) & (t + 1 < STEPS)
+            ahead = ahead + (tl.load(x + at + STRIDE + (p - LEFT) * CHANNELS, mask=inside, other=0.0),)
+        moved = ()
+        for lag in tl.static_range(TAPS):
+            for r in tl.static_range(RUN):
+                total = pending[lag * RUN + r]
+                for j in tl.static_range(SIZE):
+                    total = total + w[j * TAPS + lag] * seen[r + j]
+                if lag == 0:
+                    tl.store(y + at + r * CHANNELS, total, mask=first + r < POSITIONS)
+                else:
+                    moved = moved + (total,)
+        for _r in tl.static_range(RUN):
+            moved = moved + (zero,)
+        pending = moved
+        at += STRIDE
+
+
+@triton.jit
+def _correlate(
+    grad, x, out,
+    STEPS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
+    RUN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Each thread's part of dw[j, K - 1 - lag] = sum of grad[t, n] x[t - lag, n + j - k // 2]."""
+    image = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel, first = place % CHANNELS, place // CHANNELS * RUN
+    LEFT: tl.constexpr = SIZE // 2
+    ROW: tl.constexpr = POSITIONS * CHANNELS
+    zero = tl.zeros((BLOCK,), out.dtype.element_ty)
+    at = image * STEPS * ROW + first * CHANNELS + channel
+    sums = ()
+    for _ in tl.static_range(SIZE * TAPS):
+        sums = sums + (zero,)
+    window = ()  # grad at this step and the TAPS - 1 steps after it
+    for lag in tl.static_range(TAPS - 1):
+        for r in tl.static_range(RUN):
+            inside = (first + r < POSITIONS) & (lag < STEPS)
+            window = window + (tl.load(grad + at + lag * ROW + r * CHANNELS, mask=inside, other=0.0).to(zero.dtype),)
+    for t in range(STEPS):
+        for r in tl.static_range(RUN):
+            inside = (first + r < POSITIONS) & (t + (TAPS - 1) < STEPS)
+            last = tl.load(grad + at + (TAPS - 1) * ROW + r * CHANNELS, mask=inside, other=0.0)
+            window = window + (last.to(zero.dtype),)
+        seen = ()
+        for p in tl.static_range(RUN + SIZE - 1):
+            inside = _inside(first, p - LEFT, POSITIONS)
+            seen = seen + (tl.load(x + at + (p - LEFT) * CHANNELS, mask=inside, other=0.0).to(zero.dtype),)
+        added = ()
+        for j in tl.static_range(SIZE):
+            for lag in tl.static_range(TAPS):
+                total = sums[j * TAPS + lag]
+                for r in tl.static_range(RUN):
+                    total = total + window[lag * RUN + r] * seen[r + j]
+                added = added + (total,)
+        sums = added
+        kept = ()
+        for i in tl.static_range((TAPS - 1) * RUN):
+            kept = kept + (window[i + RUN],)
+        window = kept
+        at += ROW
+    part = out + image * SIZE * TAPS * WIDTH + place
+    for j in tl.static_range(SIZE):
+        for lag in tl.static_range(TAPS):
+            tl.store(part + (j * TAPS + TAPS - 1 - lag) * WIDTH, sums[j * TAPS + lag], mask=place < WIDTH)
+
+
+def forward(x: Tensor, kernels: Tensor) -> Tensor:
+    """As `delay_ops.delay_forward`."""
+    return _walked(x, kernels, back=False)
+
+
+def backward(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `delay_ops.delay_backward`."""
+    return _walked(grad, kernels, back=True), _correlated(grad.contiguous(), x.contiguous(), kernels)
+
+
+def _walked(x: Tensor, kernels: Tensor, back: bool) -> Tensor:
+    x, kernels = x.contiguous(), kernels.contiguous()
+    y = torch.empty_like(x)
+    groups, samples, steps, positions, channels = x.shape
+    size, taps = kernels.shape[1:3]
+    run = _run(positions, size, taps)
+    grid = (groups * samples, triton.cdiv(triton.cdiv(positions, run) * channels, BLOCK))
+    _walk[grid](x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK, num_warps=BLOCK // 32)
+    return y
+
+
+def _correlated(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
+    groups, samples, steps, positions, channels = x.shape
+    size, taps = kernels.shape[1:3]
+    run = _run(positions, size, taps)
+    width = triton.cdiv(positions, run) * channels
+    parts = kernels.new_empty((groups, samples, size, taps, width))
+    _correlate[(groups * samples, triton.cdiv(width, BLOCK))](
+        grad, x, parts, steps, positions, channels, size, taps, run, BLOCK, width, num_warps=BLOCK // 32
+    )
+    return parts.unflatten(-1, (-1, channels)).sum((1, 4))
+
+
+def _run(positions: int, size: int, taps: int) -> int:
+    """Positions of a thread: 5 or 4, whichever leaves fewer over; 2 where so many would not fit its registers."""
+    fitting = [run for run in (5, 4) if size * taps + run * taps + 2 * (run + size) <= 200]
+    return min(fitting, key=lambda run: -positions % run, default=2)
