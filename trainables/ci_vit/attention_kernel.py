@@ -40,12 +40,14 @@ def key_tiles(positions: int) -> tuple[int, int]:
 
 def forward_blocks(width: int) -> Blocks:
     """Of the forward kernel, by the padded width of a head."""
-    return Blocks(16, 1) if width <= 32 else Blocks(64, 4)
+    return Blocks(16, 1, 3) if width <= 32 else Blocks(64, 4)
 
 
 def backward_blocks(width: int) -> Blocks:
     """Of the backward kernel, by the padded width of a head."""
-    return Blocks(16, 1) if width <= 16 else Blocks(32, 4)
+    if width <= 16:
+        return Blocks(16, 1, 3)
+    return Blocks(32, 4) if width <= 32 else Blocks(32, 2, 1)
 
 
 @triton.jit
