@@ -27,13 +27,19 @@ class _Slot:
     """One lane's buffers, which never move, and the graphs over them."""
 
     def __init__(self, state: State, hyper: Hypers, device: torch.device, stream: torch.cuda.Stream):
-        self.state = copy_of(state)
+        self.state = tree_map(_buffer, state)
         self.hyper = copy_of(dict(hyper))
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.rows: dict[str, Tensor] = {}
         self.stream = stream
         self.graphed: GraphedSteps | None = None
         self.graphed_sums: dict[tuple, GraphedSums] = {}  # by the shapes of what an evaluation reads
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    """A copy for a slot. Weights of convolutions get their channels last, as tensor cores read them: a convolution's
+    result follows its weight, and what comes after follows that; else every convolution turns its tensors round."""
+    return tensor.clone(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
 
 
 class BranchedEngine(Engine):
@@ -48,8 +54,8 @@ class BranchedEngine(Engine):
         self._free: list[_Slot] = []
         self._slot_of: dict[str, _Slot] = {}
         self._names: list[str] = []
-        self._in_place = compile_lanes(self._step_in_place)
-        self._compiled_evaluate = compile_lanes(self._evaluate_one)
+        self._in_place = compile_lanes(self._step_in_place, self.device)
+        self._compiled_evaluate = compile_lanes(self._evaluate_one, self.device)
 
     def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
         if self._free:

@@ -364,8 +364,13 @@ def stack_metrics(values: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.stack([value.to(kind) for value in values], dim=dim)
 
 
-def compile_lanes(function: Callable, **options: Any) -> Callable:
-    """torch.compile for engines.
+LONGEST_FUSED_CAT = 64
+"""Inductor writes each part of a concatenation of more than 8 by a kernel of its own: hundreds a step, where a net's
+biases, gains and their coefficients are updated together."""
+
+
+def compile_lanes(function: Callable, device: torch.device | None = None, **more: Any) -> Callable:
+    """torch.compile for engines; `more` goes to it.
 
     Programs and lane counts share the engine's code, and every one of them is a compilation of its own: at dynamo's
     usual limit of 8 the ninth would run uncompiled without a word.
@@ -373,7 +378,9 @@ def compile_lanes(function: Callable, **options: Any) -> Callable:
     torch._dynamo.config.recompile_limit = 4096
     torch._dynamo.config.accumulated_recompile_limit = 65536
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(function, dynamic=False, **options)
+    if device is not None and device.type == "cuda":
+        more["options"] = {"max_pointwise_cat_inputs": LONGEST_FUSED_CAT}
+    return torch.compile(function, dynamic=False, **more)
 
 
 def shapes_of(rows: Mapping[str, Tensor]) -> tuple:

@@ -48,8 +48,8 @@ class StackedEngine(Engine):
         self._stacked_step = vmap(self._step_one)
         self._stacked_evaluate = vmap(self._evaluate_one)
         if compiled:
-            self._stacked_evaluate = compile_lanes(self._stacked_evaluate)
-            self._in_place = compile_lanes(self._step_in_place)
+            self._stacked_evaluate = compile_lanes(self._stacked_evaluate, self.device)
+            self._in_place = compile_lanes(self._step_in_place, self.device)
 
     @property
     def capacity(self) -> int:

@@ -25,7 +25,6 @@ QUICK = {"dropout": 0.25, "lr": 0.02}
 
 FAMILY = Family(
     name="snn_delays",
-    convolves=True,
     Program=Program,
     Hyper=Hyper,
     metrics={
