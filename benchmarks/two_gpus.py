@@ -98,7 +98,8 @@ def visible(cpu: bool) -> list[str]:
 
 def search(command: list[str], devices: list[str], cpu: bool, scratch: Path, name: str) -> tuple[float, float]:
     """(seconds of one sweep's search, of its training) on these devices alone."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LANEWISE_CACHE": str(scratch / "cache")}
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+    environment = {**os.environ, "PYTHONPATH": path, "LANEWISE_CACHE": str(scratch / "cache")}
     environment["CUDA_VISIBLE_DEVICES"] = "" if cpu else ",".join(devices)
     if cpu:  # there are no more hosts than configs in flight
         command = [*command, "--max-concurrent", str(len(devices))]
