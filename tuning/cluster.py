@@ -50,7 +50,9 @@ def up(
     cluster = read_cluster(file)
     make_token()
     if ray("up", "-y", str(file)):
-        raise BadValue(f"`ray up {file}` failed, see above; `python -m tuning.doctor {file}` may say why")
+        local = f"`python -m tuning.doctor {file}` may say why"
+        cloud = f"machines that it started cost until `python -m tuning.cluster down {file}`"
+        raise BadValue(f"`ray up {file}` failed, see above; {local if cluster.on_premise else cloud}")
     deadline, said = time.monotonic() + timeout, -1
     while True:
         nodes = alive(cluster)
