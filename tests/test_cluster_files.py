@@ -88,11 +88,11 @@ def test_the_head_keeps_no_trials(path):
         assert load(path)["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
 
-def test_on_premise_the_old_autoscaler_is_used():
-    """Version 2 leaves the last worker of this provider out."""
+@each_file
+def test_the_old_autoscaler_is_used(path):
+    """Version 2 leaves out the last of one's own machines, and a cloud's all where more are asked for than allowed."""
     assert (
-        " RAY_enable_autoscaler_v2=0 ~/.lanewise/venv/bin/ray start --head"
-        in load(FILES[0])["head_start_ray_commands"][1]
+        " RAY_enable_autoscaler_v2=0 ~/.lanewise/venv/bin/ray start --head" in load(path)["head_start_ray_commands"][1]
     )
 
 

@@ -21,6 +21,7 @@ import tuning.cluster
 import tuning.doctor
 import tuning.estimate
 import tuning.sync
+from tests.aws_commands import call_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -71,6 +72,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "sbatch":
         assert os.access(ROOT / arguments[0], os.X_OK)
         check_tune(arguments[1], arguments[2:], monkeypatch)
+    elif program == "aws":
+        call_of(words)
     elif words[0] == ".ci/run":
         assert os.access(ROOT / words[0], os.X_OK)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def up(
     cluster = read_cluster(file)
     make_token()
     if ray("up", "-y", str(file)):
-        raise BadValue(f"`ray up {file}` failed, see above; `python -m tuning.doctor {file}` may say why")
+        local = f"`python -m tuning.doctor {file}` may say why"
+        cloud = f"machines that it started cost until `python -m tuning.cluster down {file}`"
+        raise BadValue(f"`ray up {file}` failed, see above; {local if cluster.on_premise else cloud}")
     deadline, said = time.monotonic() + timeout, -1
     while True:
         nodes = alive(cluster)
@@ -99,11 +102,12 @@ def stop(cluster: Cluster, address: str) -> str:
 
 def alive(cluster: Cluster) -> Nodes:
     """Address -> resources of the nodes that the head counts; empty where there is no head."""
-    command = f"RAY_AUTH_MODE=token {VENV}/bin/python -"
+    # no here-document: `ray exec` writes ")" behind its last line
+    command = f"RAY_AUTH_MODE=token {VENV}/bin/python -c {shlex.quote(ALIVE)}"
     if cluster.on_premise:
-        out = cluster.run(cluster.head, command, stdin=ALIVE).out
+        out = cluster.run(cluster.head, command).out
     else:
-        words = [_ray(), "exec", str(cluster.path), f"{command} <<'END'{ALIVE}END"]
+        words = [_ray(), "exec", str(cluster.path), command]
         out = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL).stdout
     for line in out.splitlines():
         if line.startswith("NODES "):

@@ -81,11 +81,12 @@ class Hosts:
     ):
         self.base, self.names, self.shared = base, tuple(names), tuple(shared)
         self.network, self.bridge = network, bridge
+        self._addresses = {name: f"{network}.{10 + number}" for number, name in enumerate(self.names)}
         self._shells: dict[str, subprocess.Popen] = {}
         self._first: dict[str, int] = {}
 
     def address(self, name: str) -> str:
-        return f"{self.network}.{10 + self.names.index(name)}"
+        return self._addresses[name]
 
     def home(self, name: str) -> Path:
         """The host's home folder as this machine sees it."""
@@ -114,6 +115,26 @@ class Hosts:
             return subprocess.Popen(
                 self._enter(name, command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
             )
+
+    def add(self, name: str, address: str, *others: str) -> None:
+        """One more host, with addresses of any network; the first is where its own connections come from."""
+        self._addresses[name] = address
+        self._plug(name, *others)
+        self._await_sshd(name)
+
+    def remove(self, name: str) -> None:
+        """Power off, and nothing of it is left."""
+        del self._addresses[name]
+        self._power_off(name)
+        _ip(f"link del v-{name}", check=False)
+        _ip(f"netns del {name}")
+        self._delete(self.base / name)
+
+    def join(self) -> str:
+        """This machine gets an address on the hosts' bridge, until they close."""
+        address = f"{self.network}.1"
+        _ip(f"addr add {address}/24 dev {self.bridge}")
+        return address
 
     def cut(self, name: str) -> None:
         """Pull the host's cable."""
@@ -149,18 +170,22 @@ class Hosts:
         _ip(f"link add {self.bridge} type bridge")
         _ip(f"link set {self.bridge} up")
         for name in self.names:
-            _ip(f"netns add {name}")
-            _ip(f"link add v-{name} type veth peer name eth0 netns {name}")
-            _ip(f"link set v-{name} master {self.bridge} up")
-            _ip(f"-n {name} addr add {self.address(name)}/24 dev eth0")
-            _ip(f"-n {name} link set eth0 up")
-            _ip(f"-n {name} link set lo up")
-            # leads nowhere; Ray finds a host's own address by asking for the route to an outer one
-            _ip(f"-n {name} route add default dev eth0")
-            self._furnish(name)
-            self._boot(name)
+            self._plug(name)
         for name in self.names:
             self._await_sshd(name)
+
+    def _plug(self, name: str, *others: str) -> None:
+        _ip(f"netns add {name}")
+        _ip(f"link add v-{name} type veth peer name eth0 netns {name}")
+        _ip(f"link set v-{name} master {self.bridge} up")
+        for address in (f"{self.address(name)}/24", *(f"{other}/32" for other in others)):
+            _ip(f"-n {name} addr add {address} dev eth0")
+        _ip(f"-n {name} link set eth0 up")
+        _ip(f"-n {name} link set lo up")
+        # to the hosts and no further; Ray finds a host's own address by asking for the route to an outer one
+        _ip(f"-n {name} route add default dev eth0 src {self.address(name)}")
+        self._furnish(name)
+        self._boot(name)
 
     def _furnish(self, name: str) -> None:
         home = self.home(name)
@@ -234,28 +259,37 @@ class Hosts:
 
     def close(self) -> None:
         """Kill every process of every host, take links and files away. Nothing of the hosts is left."""
-        for first in self._first.values():
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{first}/ns/pid") != os.readlink("/proc/self/ns/pid"):
-                    os.kill(first, signal.SIGKILL)  # the end of process 1 is the end of its namespace
-        for shell in self._shells.values():
-            if shell.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    shell.wait(5)
-            if shell.poll() is None:
-                shell.kill()
-                shell.wait(10)
+        for name in [*self._shells]:
+            self._power_off(name)
         self._clear()
+
+    def _power_off(self, name: str) -> None:
+        shell = self._shells.pop(name)
+        with contextlib.suppress(OSError, KeyError):
+            first = self._first.pop(name)
+            if os.readlink(f"/proc/{first}/ns/pid") != os.readlink("/proc/self/ns/pid"):
+                os.kill(first, signal.SIGKILL)  # the end of process 1 is the end of its namespace
+        if shell.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                shell.wait(5)
+        if shell.poll() is None:
+            shell.kill()
+            shell.wait(10)
 
     def _clear(self) -> None:
         """Links and files, whoever made them: a test that was killed leaves them behind."""
-        for name in self.names:
+        links = subprocess.run(["ip", "-o", "link", "show", "master", self.bridge], capture_output=True, text=True)
+        plugged = [line.split()[1].partition("@")[0].removeprefix("v-") for line in links.stdout.splitlines()]
+        for name in {*self._addresses, *plugged}:
             _ip(f"link del v-{name}", check=False)
             _ip(f"netns del {name}", check=False)
         _ip(f"link del {self.bridge}", check=False)
+        self._delete(self.base)
+
+    def _delete(self, folder: Path) -> None:
         mounts = Path("/proc/mounts").read_text()
-        assert f" {self.base}/" not in mounts, f"mounts are left under {self.base}: not deleting through them"
-        shutil.rmtree(self.base, ignore_errors=True)
+        assert f" {folder}/" not in mounts, f"mounts are left under {folder}: not deleting through them"
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ip(arguments: str, check: bool = True) -> None:

@@ -52,14 +52,20 @@ def install(hosts: Hosts, names: Sequence[str] = ()) -> None:
         subprocess.run(["cksum"], input=pins, capture_output=True, check=True).stdout.decode().strip().replace(" ", "-")
     )
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    ray_script = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
+    scripts = {
+        "ray": "import sys; from ray.scripts.scripts import main; sys.exit(main())",
+        "pip": "import sys; from pip._internal.cli.main import main; sys.exit(main())",
+    }
     for name in names or hosts.names:
         venv = "~/.lanewise/venv"
-        hosts.run(
-            name,
-            f"{Path(sys.base_prefix) / 'bin' / version} -m venv --without-pip {venv}"
-            f" && printf '%s\\n' ~/lanewise {SITE} > {venv}/lib/{version}/site-packages/lanewise.pth"
-            f" && printf '%s\\n' \"#!$(echo {venv})/bin/python\" '{ray_script}' > {venv}/bin/ray"
-            f" && chmod +x {venv}/bin/ray"
-            f" && touch {venv}/.made {venv}/.installed-{key}",
-        )
+        steps = [
+            f"{Path(sys.base_prefix) / 'bin' / version} -m venv --without-pip {venv}",
+            f"printf '%s\\n' ~/lanewise {SITE} > {venv}/lib/{version}/site-packages/lanewise.pth",
+            *(
+                f"printf '%s\\n' \"#!$(echo {venv})/bin/python\" '{line}' > {venv}/bin/{script}"
+                f" && chmod +x {venv}/bin/{script}"
+                for script, line in scripts.items()
+            ),
+            f"touch {venv}/.made {venv}/.installed-{key}",
+        ]
+        hosts.run(name, " && ".join(steps))
