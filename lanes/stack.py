@@ -17,7 +17,7 @@ import numpy as np
 
 from lanes.engine import Arrival, Chunk, Engine, Evaluation, Inspection
 from lanes.job import Job, Report, SeedReport
-from lanes.states import tree_map
+from lanes.states import Parcel, tree_map
 from lanes.writer import Writer
 from trainables.family import Family, State
 
@@ -27,7 +27,7 @@ COMPACTION_PAYS = 4.0
 """A half-empty stack is made smaller when the training ahead is this many times as long as compiling took."""
 
 PREPARING_SHARE = 0.25
-"""Part of CHUNK_SECONDS that may go, while the device trains, into getting ready the lanes that come next."""
+"""Part of a chunk's time that may go, while the device trains, into getting ready the lanes that come next."""
 
 COMPACTION_PATIENCE = 60.0
 """Seconds a stack must have been half empty: configs come and go in between."""
@@ -48,6 +48,7 @@ class Run:
     lanes: int = 0
     state: State | None = None
     accepted: int = 0  # epochs up to which its reports were accepted before it went back to a checkpoint
+    hyper: Any = None
     written: Future | None = None  # of what must be on disk before its next report is told
 
 
@@ -55,12 +56,14 @@ class Run:
 class Flight:
     """Work the device has been given, and what is to be read when it is done.
 
-    `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs.
+    `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs;
+    `left` those that then gave up their slots for a report, with their states unless they are at their end.
     """
 
     chunk: Chunk
     trained: Mapping[str, Run]
     ended: tuple[str, ...]
+    left: Mapping[str, Parcel | None]
     tests: Evaluation | None
     covariates: Inspection | None
 
@@ -69,7 +72,9 @@ class Stack:
     """Lanes of one program.
 
     On a GPU the next chunk is launched before the one before it is read, so that the device does not wait for the
-    bookkeeping: unless a run stops, leaves or comes in between, which must find the device at that very step.
+    bookkeeping. Runs that stop for a report are known beforehand: they give up their slots, and others get them, as
+    soon as their last chunk is launched, all in the device's own order of work. Only a checkpoint of what trains, or
+    somebody who asks for a config, finds the device at the very step that was read.
 
     Args:
         family, program: what they compute.
@@ -113,7 +118,7 @@ class Stack:
     @property
     def busy(self) -> bool:
         untold = any(self._waits_to_be_told(token) for token in self._runs)
-        return bool(self._waiting or self._training or self._landed or untold)
+        return bool(self._waiting or self._training or self._flight or self._landed or untold)
 
     @property
     def lanes(self) -> int:
@@ -122,9 +127,10 @@ class Stack:
 
     def attach(self, job: Job) -> None:
         """Take a config in: its runs continue from their newest checkpoints, or start."""
+        _, hyper = self.family.build(job.values)
         runs = []
         for seed, key in job.runs.items():
-            run = Run(key, seed, job)
+            run = Run(key, seed, job, hyper=hyper)
             self._restore(run)
             runs.append(run)
         self._runs[job.token] = runs
@@ -189,18 +195,12 @@ class Stack:
         started = self._clock()
         self._landed = False
         self.writer.check()
-        if self._flight is None:
-            self._admit()
-            if not self._training:
-                self._wait_for_writing()
-                return self._complete_reports()
-            if self._compaction_due():
-                self._need_engine().compact()
-                self._half_empty_since = None
-            self._flight = self._launch()
-        flight = self._flight
-        self._flight = self._launch() if self._may_run_ahead(flight) else None
-        self._prepare_next()
+        flight = self._flight or self._launch()
+        if flight is None:
+            self._wait_for_writing()
+            return self._complete_reports()
+        self._flight = self._launch() if self._may_run_ahead() else None
+        self._prepare_next(flight)
         self._read(flight)
         elapsed = self._clock() - started
         self._step_seconds = elapsed / flight.chunk.steps
@@ -284,26 +284,22 @@ class Stack:
         if self._training and engine.until_epoch_end() != self.schedule.steps_per_epoch:
             return
         coming = self._waiting[: max(0, self._max_lanes - len(self._training))]
-        engine.insert_all([self._arrival(run) for run in coming])
+        engine.insert_all([_arrival(run) for run in coming])
         del self._waiting[: len(coming)]
         for run in coming:
             run.state = None
             run.status = "training"
             self._training[_lane_key(run)] = run
 
-    def _arrival(self, run: Run) -> Arrival:
-        _, hyper = self.family.build(run.job.values)
-        return Arrival(_lane_key(run), hyper, run.seed, run.state, run.step)
-
-    def _prepare_next(self) -> None:
+    def _prepare_next(self, flight: Flight) -> None:
         """While the device trains: what the runs that get slots next will need."""
         engine = self._need_engine()
         if not engine.runs_ahead:
             return
-        started = self._clock()
+        started, most = self._clock(), PREPARING_SHARE * self._step_seconds * flight.chunk.steps
         for run in self._waiting[: self._max_lanes]:
-            engine.prepare(self._arrival(run))
-            if self._clock() - started > PREPARING_SHARE * CHUNK_SECONDS:
+            engine.prepare(_arrival(run))
+            if self._clock() - started > most:
                 break
 
     def _compaction_due(self) -> bool:
@@ -319,9 +315,16 @@ class Stack:
         patient = self._clock() - self._half_empty_since >= COMPACTION_PATIENCE
         return patient and ahead > COMPACTION_PAYS * engine.setup_seconds
 
-    def _launch(self) -> Flight:
-        """Give the device its next chunk, and the evaluation of the lanes that end an epoch with it."""
+    def _launch(self) -> Flight | None:
+        """Let in who waits, give the device its next chunk and the evaluation of the lanes that end an epoch with it,
+        and take those out that stop at a report. None where nobody trains."""
+        self._admit()
+        if not self._training:
+            return None
         engine = self._need_engine()
+        if self._flight is None and self._compaction_due():
+            engine.compact()
+            self._half_empty_since = None
         affordable = int(CHUNK_SECONDS / self._step_seconds) if self._step_seconds else 4
         steps = max(1, min(engine.until_epoch_end(), affordable))
         chunk = engine.launch(steps)
@@ -329,27 +332,42 @@ class Stack:
         watched = [lane for lane in ended if self._training[lane].job.covariates]
         tests = engine.launch_evaluation(ended) if ended else None
         covariates = engine.launch_inspection(watched) if watched else None
-        return Flight(chunk, dict(self._training), ended, tests, covariates)
+        trained = dict(self._training)
+        return Flight(chunk, trained, ended, self._take_out(ended), tests, covariates)
 
-    def _may_run_ahead(self, flight: Flight) -> bool:
-        """Whether the chunk after `flight` can be launched before `flight` is read."""
+    def _take_out(self, ended: Sequence[str]) -> dict[str, Parcel | None]:
+        """Lanes that stop at a report leave; what goes on afterwards takes its state along, and sends it home."""
         engine = self._need_engine()
-        if not engine.runs_ahead or not self._training or self._checkpoint_due() or self._compaction_due():
+        left: dict[str, Parcel | None] = {}
+        for lane in ended:
+            run, step = self._training[lane], engine.lanes[lane].step
+            if not self._reports_at(run, step):
+                continue
+            left[lane] = None
+            if step < self.schedule.steps:
+                run.state = engine.state(lane)
+                left[lane] = Parcel(run.state)
+            del self._training[lane]
+        if left:
+            engine.remove(list(left))
+        return left
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next chunk can be launched before the one under way is read."""
+        if not self._need_engine().runs_ahead or self._checkpoint_due():
             return False
-        if flight.ended and self._waiting and len(self._training) < self._max_lanes:
-            return False
-        ended = [lane for lane in flight.ended if lane in self._training]
-        epochs = {lane: engine.lanes[lane].step // self.schedule.steps_per_epoch for lane in ended}
-        return not any(epoch in self._training[lane].job.reports for lane, epoch in epochs.items())
+        return not (self._training and self._compaction_due())
 
     def _read(self, flight: Flight) -> None:
-        """Record what a flight brought; lanes that have diverged or end at a report leave."""
+        """Record what a flight brought; lanes that have diverged leave, those that left come to their reports."""
+        going = {lane: run for lane, run in flight.trained.items() if run.status == "training"}
         self._record_steps(flight)
-        self._drop_diverged()
         if flight.ended:
             assert flight.tests is not None
             covariates = flight.covariates.wait() if flight.covariates else {}
-            self._end_epochs(flight.ended, flight.tests.wait(), covariates)
+            self._end_epochs(flight, flight.tests.wait(), covariates)
+        self._drop({lane: run for lane, run in going.items() if run.status == "diverged"})
+        self._come_to_reports(flight)
 
     def _land(self) -> None:
         """Read what is under way, so that the states on the device are those of the runs' steps."""
@@ -368,8 +386,9 @@ class Stack:
             if name in curves:
                 bad |= ~np.isfinite(curves[name])
         for column, lane in enumerate(flight.chunk.keys):
-            if lane in self._training:  # else it diverged in the flight before
-                self._record_lane(self._training[lane], bad[:, column], {n: v[:, column] for n, v in curves.items()})
+            run = flight.trained[lane]
+            if run.status == "training":  # else it diverged in the flight before
+                self._record_lane(run, bad[:, column], {n: v[:, column] for n, v in curves.items()})
 
     def _record_lane(self, run: Run, bad: np.ndarray, curves: dict[str, np.ndarray]) -> None:
         """A run's steps up to the first bad one."""
@@ -383,24 +402,33 @@ class Stack:
             # step by step, so that the sum does not depend on how the clock cut the epoch into chunks
             run.sums[name] = float(np.cumsum([run.sums.get(name, 0.0), *values])[-1])
 
-    def _drop_diverged(self) -> None:
-        diverged = [lane for lane, run in self._training.items() if run.status == "diverged"]
-        if diverged:
-            self._need_engine().remove(diverged)
-            written = self.writer.flush()
-            for lane in diverged:
-                self._training.pop(lane).written = written
+    def _drop(self, diverged: Mapping[str, Run]) -> None:
+        """Runs that have just diverged leave, if they have not; their rows are all there will be."""
+        there = [lane for lane in diverged if self._training.pop(lane, None)]
+        if there:
+            self._need_engine().remove(there)
+        for run in diverged.values():
+            run.state, run.written = None, self.writer.flush()
+
+    def _come_to_reports(self, flight: Flight) -> None:
+        """Runs that left with a flight stand at a report, or at their end."""
+        for lane, parcel in flight.left.items():
+            run = flight.trained[lane]
+            if run.status == "training":
+                self._park_or_wait(run)
+                run.written = self.writer.flush() if parcel is None else self._save(run, parcel)
 
     def _end_epochs(
         self,
-        ended: Sequence[str],
+        flight: Flight,
         tests: Mapping[str, Mapping[str, float]],
         covariates: Mapping[str, Mapping[str, np.ndarray]],
     ) -> None:
-        engine, per_epoch = self._need_engine(), self.schedule.steps_per_epoch
-        ended = [lane for lane in ended if lane in self._training]
-        for lane in ended:
-            run = self._training[lane]
+        per_epoch = self.schedule.steps_per_epoch
+        for lane in flight.ended:
+            run = flight.trained[lane]
+            if run.status != "training":
+                continue
             values = {name: total / per_epoch for name, total in run.sums.items()} | dict(tests[lane])
             run.sums = {}
             for name, value in values.items():
@@ -418,30 +446,17 @@ class Stack:
                 self.writer.covariates(run.key, epoch, covariates[lane])
             if not all(np.isfinite(values[name]) for name in self._directed if name in values):
                 run.status = "diverged"
-        self._drop_diverged()
-        leaving = [lane for lane in ended if lane in self._training and self._at_report(self._training[lane])]
-        left = [self._training.pop(lane) for lane in leaving]
-        for lane, run in zip(leaving, left, strict=True):
-            run.state = engine.state(lane)
-            self._park_or_wait(run)
-            if run.status == "parked":
-                self._checkpoint(run)
-        if left:
-            engine.remove(leaving)
-            written = self.writer.flush()
-            for run in left:
-                if run.status == "finished":
-                    run.written = written
 
-    def _at_report(self, run: Run) -> bool:
-        epoch = run.step // self.schedule.steps_per_epoch
+    def _reports_at(self, run: Run, step: int) -> bool:
+        """Whether a run stops for a report at the end of the epoch that `step` ends."""
+        epoch = step // self.schedule.steps_per_epoch
         return epoch > run.accepted and epoch in run.job.reports
 
     def _park_or_wait(self, run: Run) -> None:
         """Where a run stands after a whole epoch: at its end, at a report, or on its way."""
         if run.step >= self.schedule.steps:
             run.status = "finished"
-        elif self._at_report(run):
+        elif self._reports_at(run, run.step):
             run.status = "parked"
         else:
             run.status = "waiting"
@@ -450,15 +465,17 @@ class Stack:
     def _checkpoint(self, run: Run) -> None:
         lane = _lane_key(run)
         state = self._need_engine().state(lane) if lane in self._training else run.state
-        if state is None:
-            return
+        if state is not None:
+            run.written = self._save(run, Parcel(state))
+
+    def _save(self, run: Run, parcel: Parcel) -> Future:
         extra = {
             "epochs": {name: list(values) for name, values in run.epochs.items()},
             "sums": dict(run.sums),
             "step": run.step,
             "device_seconds": run.device_seconds,
         }
-        run.written = self.writer.save(run.key, run.step, state, extra)
+        return self.writer.save(run.key, run.step, parcel, extra)
 
     def _waits_to_be_told(self, token: str) -> bool:
         """Whether all of a config's runs have come to a report that is not told yet."""
@@ -506,6 +523,10 @@ class Stack:
         done = all(seed.status != "training" for seed in seeds.values())
         engine = self._engine_name or self._need_engine().name
         return Report(token, epoch, done, seeds, engine, max(run.lanes for run in runs))
+
+
+def _arrival(run: Run) -> Arrival:
+    return Arrival(_lane_key(run), run.hyper, run.seed, run.state, run.step)
 
 
 def _lane_key(run: Run) -> str:

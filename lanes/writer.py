@@ -12,6 +12,7 @@ from lanes.records import StorageLost
 if TYPE_CHECKING:
     import numpy as np
 
+    from lanes.states import Parcel
     from trainables.family import State
 
 MOST_WAITING = 64
@@ -76,17 +77,11 @@ class Writer:
         """Have all rows written that were recorded so far."""
         return self._submit(self._flush)
 
-    def save(self, run_key: str, step: int, state: State, extra: Mapping[str, Any]) -> Future:
-        """Write all rows recorded so far, then a checkpoint.
-
-        state: not to be changed afterwards; on a GPU it is copied from there by then.
-        extra: not to be changed afterwards.
-        """
-        from lanes.states import Parcel
-
+    def save(self, run_key: str, step: int, parcel: Parcel, extra: Mapping[str, Any]) -> Future:
+        """Write all rows recorded so far, then a checkpoint. Neither state nor `extra` is to be changed afterwards."""
         self._room.acquire()
         self._submit(self._flush)
-        self._saves[run_key] = self._submit(self._save, run_key, step, Parcel(state), extra)
+        self._saves[run_key] = self._submit(self._save, run_key, step, parcel, extra)
         return self._saves[run_key]
 
     def load(self, run_key: str, at_most: int | None = None) -> tuple[State, dict[str, Any]] | None:
@@ -118,7 +113,7 @@ class Writer:
             raise
         self._unwritten = None
 
-    def _save(self, run_key: str, step: int, parcel: Any, extra: Mapping[str, Any]) -> None:
+    def _save(self, run_key: str, step: int, parcel: Parcel, extra: Mapping[str, Any]) -> None:
         try:
             if self._unwritten is not None:
                 raise StorageLost(f"no checkpoint without the rows before it: {self._unwritten}")

@@ -111,6 +111,7 @@ def train(stack, jobs, most=300) -> dict[str, list]:
         stack.attach(each)
     open_tokens = {each.token for each in jobs}
     for _ in range(most):
+        assert stack.busy, "a host would wait for somebody to call"
         for report in stack.tick():
             reports[report.token].append(report)
             if report.done:
@@ -622,6 +623,31 @@ def test_the_next_chunk_is_launched_before_the_one_before_is_read(make):
     assert order[-1] == "read"
     first = order.index("read")
     assert order[:first].count("launch") == (2 if ahead else 1), order
+
+
+def test_slots_are_filled_again_before_the_results_of_those_who_left_are_read(make):
+    order: list = []
+
+    class Watched(Chunk):
+        def wait(self):
+            order.append(("read", *self.keys))
+            return super().wait()
+
+    class Watching(SerialEngine):
+        def launch(self, steps):
+            chunk = super().launch(steps)
+            order.append(("launch", *chunk.keys))
+            return Watched(**vars(chunk))
+
+    stack = make(Watching, lanes=1)
+    first, second = job("a", seeds=(0,), reports=(1, 9)), job("b", seeds=(0,), lr=0.1, reports=(9,))
+    stack.attach(first)
+    stack.attach(second)
+    (report,) = tick_until_reports(stack)
+    assert (report.token, report.epoch) == ("a", 1)
+    ahead = stack._engine.runs_ahead
+    last_read = max(i for i, event in enumerate(order) if event == ("read", "a/0"))
+    assert (("launch", "b/0") in order[:last_read]) == ahead
 
 
 def test_the_ninth_program_is_compiled_too():

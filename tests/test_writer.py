@@ -56,7 +56,7 @@ def test_rows_are_flushed_before_the_checkpoint_that_vouches_for_them():
     shelf.open.set()
     writer = Writer(Logged(log), shelf)
     writer.steps("r", 1, {"loss": np.zeros(3)})
-    writer.save("r", 3, state(), {})
+    writer.save("r", 3, Parcel(state()), {})
     writer.steps("r", 4, {"loss": np.zeros(3)})
     writer.write_some()
     writer.settle()
@@ -66,7 +66,7 @@ def test_rows_are_flushed_before_the_checkpoint_that_vouches_for_them():
 def test_the_newest_checkpoint_is_found_though_it_is_still_being_written():
     shelf = Gate()
     writer = Writer(Memory(), shelf)
-    writer.save("r", 3, state(1.0), {"step": 3})
+    writer.save("r", 3, Parcel(state(1.0)), {"step": 3})
     with ThreadPoolExecutor(1) as other:
         loading = other.submit(writer.load, "r")
         assert not loading.done()
@@ -87,10 +87,10 @@ def test_no_checkpoint_is_written_while_the_rows_before_it_could_not_be():
     recorder, shelf = Full(), Shelf()
     writer = Writer(recorder, shelf)
     with pytest.raises(StorageLost, match=r"no checkpoint without the rows before it.*disk full"):
-        writer.save("r", 3, state(), {}).result()
+        writer.save("r", 3, Parcel(state()), {}).result()
     assert "r" not in shelf.saved
     recorder.full = False
-    writer.save("r", 3, state(), {}).result()
+    writer.save("r", 3, Parcel(state()), {}).result()
     assert list(shelf.saved["r"]) == [3]
 
 
@@ -110,9 +110,9 @@ def test_checkpoints_that_wait_are_bounded():
     shelf = Gate()
     writer = Writer(Memory(), shelf)
     for i in range(MOST_WAITING):
-        writer.save(f"r{i}", 1, state(), {})
+        writer.save(f"r{i}", 1, Parcel(state()), {})
     with ThreadPoolExecutor(1) as other:
-        one_more = other.submit(writer.save, "more", 1, state(), {})
+        one_more = other.submit(writer.save, "more", 1, Parcel(state()), {})
         assert not one_more.done()
         shelf.open.set()
         one_more.result().result()

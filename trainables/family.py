@@ -248,8 +248,9 @@ def hyper_tensors(program: Any, hyper: Any, device: torch.device | str) -> dict[
     """One lane's hypers as 0-d tensors in the program's dtype."""
     import torch
 
-    dtype = dtype_of(program)
-    return {f.name: torch.tensor(getattr(hyper, f.name), dtype=dtype, device=device) for f in dataclasses.fields(hyper)}
+    names = [field.name for field in dataclasses.fields(hyper)]
+    values = torch.tensor([getattr(hyper, name) for name in names], dtype=dtype_of(program))
+    return dict(zip(names, values.to(device).unbind(), strict=True))  # one copy to a GPU, not one each
 
 
 def load_family(name: str) -> Family:
