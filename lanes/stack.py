@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lanes.engine import Arrival, Chunk, Engine, Evaluation, Inspection
-from lanes.job import Job, Report, SeedReport
+from lanes.engine import Engine
+from lanes.job import Job, Report
+from lanes.runs import Flight, Run, arrival, lane_key, report_of
 from lanes.states import Parcel, tree_map
 from lanes.writer import Writer
-from trainables.family import Family, State
+from trainables.family import Family
 
 CHUNK_SECONDS = 0.5
 """About how long a stack trains before it looks up: admits lanes, lets another program have the device."""
@@ -31,41 +31,6 @@ PREPARING_SHARE = 0.25
 
 COMPACTION_PATIENCE = 60.0
 """Seconds a stack must have been half empty: configs come and go in between."""
-
-
-@dataclass
-class Run:
-    """A run's progress. `epochs` are its per-epoch curves so far; `sums` those of the epoch it is in."""
-
-    key: str
-    seed: int
-    job: Job
-    status: str = "waiting"  # -> training -> parked -> ... -> finished | diverged
-    epochs: dict[str, list[float]] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)
-    step: int = 0
-    device_seconds: float = 0.0
-    lanes: int = 0
-    state: State | None = None
-    accepted: int = 0  # epochs up to which its reports were accepted before it went back to a checkpoint
-    hyper: Any = None
-    written: Future | None = None  # of what must be on disk before its next report is told
-
-
-@dataclass(frozen=True)
-class Flight:
-    """Work the device has been given, and what is to be read when it is done.
-
-    `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs;
-    `left` those that then gave up their slots for a report, with their states unless they are at their end.
-    """
-
-    chunk: Chunk
-    trained: Mapping[str, Run]
-    ended: tuple[str, ...]
-    left: Mapping[str, Parcel | None]
-    tests: Evaluation | None
-    covariates: Inspection | None
 
 
 class Stack:
@@ -172,10 +137,10 @@ class Stack:
         lanes = []
         runs = self._runs.pop(token, [])
         if self._engine is not None:
-            self._engine.forget([_lane_key(run) for run in runs])
+            self._engine.forget([lane_key(run) for run in runs])
         wait([run.written for run in runs if run.written])  # whoever let it go may remove its checkpoints now
         for run in runs:
-            lane = _lane_key(run)
+            lane = lane_key(run)
             if self._training.pop(lane, None):
                 lanes.append(lane)
             if run in self._waiting:
@@ -284,12 +249,12 @@ class Stack:
         if self._training and engine.until_epoch_end() != self.schedule.steps_per_epoch:
             return
         coming = self._waiting[: max(0, self._max_lanes - len(self._training))]
-        engine.insert_all([_arrival(run) for run in coming])
+        engine.insert_all([arrival(run) for run in coming])
         del self._waiting[: len(coming)]
         for run in coming:
             run.state = None
             run.status = "training"
-            self._training[_lane_key(run)] = run
+            self._training[lane_key(run)] = run
 
     def _prepare_next(self, flight: Flight) -> None:
         """While the device trains: what the runs that get slots next will need."""
@@ -298,7 +263,7 @@ class Stack:
             return
         started, most = self._clock(), PREPARING_SHARE * self._step_seconds * flight.chunk.steps
         for run in self._waiting[: self._max_lanes]:
-            engine.prepare(_arrival(run))
+            engine.prepare(arrival(run))
             if self._clock() - started > most:
                 break
 
@@ -463,7 +428,7 @@ class Stack:
             self._waiting.append(run)
 
     def _checkpoint(self, run: Run) -> None:
-        lane = _lane_key(run)
+        lane = lane_key(run)
         state = self._need_engine().state(lane) if lane in self._training else run.state
         if state is not None:
             run.written = self._save(run, Parcel(state))
@@ -505,29 +470,6 @@ class Stack:
                 self._waiting.extend(behind)
                 continue
             self._told.add(token)
-            reports.append(self._report(token, runs))
+            name = self._engine_name or self._need_engine().name
+            reports.append(report_of(token, runs, self.family, self.program, name))
         return reports
-
-    def _report(self, token: str, runs: list[Run]) -> Report:
-        per_epoch = self.schedule.steps_per_epoch
-        seeds = {}
-        for run in runs:
-            status = "training" if run.status == "parked" else run.status
-            values = {}
-            if run.epochs:
-                curves = {name: np.asarray(values) for name, values in run.epochs.items()}
-                values = self.family.summarize(self.program, curves)
-            seeds[run.seed] = SeedReport(run.key, status, run.step // per_epoch, run.step, values, run.device_seconds)
-        going = [seed.epoch for seed in seeds.values() if seed.status != "diverged"]
-        epoch = max(going) if going else max(seed.epoch for seed in seeds.values())
-        done = all(seed.status != "training" for seed in seeds.values())
-        engine = self._engine_name or self._need_engine().name
-        return Report(token, epoch, done, seeds, engine, max(run.lanes for run in runs))
-
-
-def _arrival(run: Run) -> Arrival:
-    return Arrival(_lane_key(run), run.hyper, run.seed, run.state, run.step)
-
-
-def _lane_key(run: Run) -> str:
-    return f"{run.job.token}/{run.seed}"
