@@ -23,7 +23,7 @@ pytestmark = [
 ]
 BASE = Path("/var/tmp/lanewise-test-slurm")
 SUBMIT = "sbatch --parsable --gpus-per-node=0 --cpus-per-task=2 clusters/slurm.sh tune_toy.py"
-SWEEP = "grid --engine serial --scheduler none --set epochs=60 --quiet"
+SWEEP = "grid --engine serial --scheduler none --set epochs=1000 --quiet"
 
 
 @pytest.fixture(scope="module")
