@@ -11,10 +11,7 @@ written-out way in bf16, which rounds the scores too.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lanes.probe import make_engine
 from tests.families import arrays_of, build_case
+from tests.gpu_kernels import assert_replays, run_interpreted
 from trainables.ci_vit import attention, model
 from trainables.draws import counter
 from trainables.family import BadValue, hyper_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [  # groups, samples of each, positions, heads, width
     (1, 2, 65, 3, 16),
     (2, 1, 17, 2, 12),
@@ -201,12 +198,8 @@ def test_missing_triton_is_told(monkeypatch):
 
 
 def test_kernels_equal_formulas_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton here: the kernels are tested where it is installed")
     code = "from tests.test_attention import SHAPES, check_in_float32; [check_in_float32(shape) for shape in SHAPES]"
-    # read when the kernels are defined, so in a process of its own; interpreted, they take CPU tensors
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+    run_interpreted(code)
 
 
 def test_key_tiles_hold_every_key():
@@ -258,15 +251,4 @@ class TestOnGpu:
             out, lse = attention.attention_forward(qkv, bias)
             return out, lse, attention.attention_backward(slope, qkv, bias, lse)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            both()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both()
-        qkv.neg_()
-        graph.replay()
-        for found, expected in zip(captured, both(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert_replays(both, qkv)

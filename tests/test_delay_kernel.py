@@ -7,20 +7,15 @@ rounded once, 2^-7 (the interpreter cuts off where a GPU rounds).
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.gpu_kernels import run_interpreted
 from trainables.snn_delays import delay_ops
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [
     # (groups, B, T, N, C), (k, K)
     ((1, 2, 10, 6, 3), (5, 4)),
@@ -124,13 +119,9 @@ def test_second_argument_shared_by_lanes():
 
 
 def test_kernels_equal_convolution_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton here: the kernels are tested where it is installed")
     code = "from tests.test_delay_kernel import DTYPES, SHAPES, check; "
     code += "[check(*case, dtype, 'cpu') for case in SHAPES for dtype in DTYPES]"
-    # read when the kernels are defined, so in a process of its own; interpreted, they take CPU tensors
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+    run_interpreted(code)
 
 
 class TestOnGpu:

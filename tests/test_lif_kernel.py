@@ -10,19 +10,15 @@ Backward: the same membranes go into both, so nothing can flip: 1e-5 of the larg
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.gpu_kernels import assert_replays, run_interpreted
 from trainables.family import BadValue
 from trainables.snn_delays import neurons
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(1, 5, 1, 3), (2, 3, 4, 2), (3, 7, 10, 12), (1, 4, 33, 50)]
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 ON_GPU = [
@@ -106,13 +102,9 @@ def test_scale_and_shift_learn_as_if_applied_before(compiled):
 
 
 def test_kernel_equals_loop_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton here: the kernel is tested where it is installed")
     code = "from tests.test_lif_kernel import DTYPES, SHAPES, check; "
     code += "[check(shape, dtype, 'cpu') for shape in SHAPES for dtype in DTYPES]"
-    # read when the kernels are defined, so in a process of its own; interpreted, they take CPU tensors
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+    run_interpreted(code)
 
 
 def test_choice_of_implementation_is_explicit(monkeypatch):
@@ -173,15 +165,4 @@ class TestOnGpu:
             spikes, over = neurons.lif_forward(x, scale, shift, keep)
             return spikes, over, neurons.lif_backward(grad, over, keep, alpha)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            both()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both()
-        x.neg_()
-        graph.replay()
-        for found, expected in zip(captured, both(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert_replays(both, x)
