@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics
+from lanes.compiling import compile_lanes
+from lanes.engine import Engine, Lane, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
 from lanes.states import copy_into, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
@@ -49,12 +50,14 @@ class BranchedEngine(Engine):
         super().__init__(*args, **kwargs)
         if self.device.type != "cuda":
             raise ValueError("the branched engine runs on a GPU")
+        self.in_graphs = True
         self._streams = [torch.cuda.Stream() for _ in range(STREAMS)]
         self._slots: list[_Slot] = []
         self._free: list[_Slot] = []
         self._slot_of: dict[str, _Slot] = {}
         self._names: list[str] = []
-        self._in_place = compile_lanes(self._step_in_place, self.device)
+        # a lane's step alone is hundreds of kernels of microseconds
+        self._in_place = compile_lanes(self._step_in_place, self.device, small_kernels=True)
         self._compiled_evaluate = compile_lanes(self._evaluate_one, self.device)
 
     def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:

@@ -8,10 +8,10 @@ arithmetic.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lanes.graphs import GraphedInit
+from lanes.orders import Orders
 from lanes.states import copy_of, tree_map
 from trainables.draws import counter
 from trainables.family import Arrays, Family, Hypers, State, hyper_tensors
 
 Curves = dict[str, np.ndarray]
+log = logging.getLogger(__name__)
 
 
 class Fetch:
@@ -141,12 +144,13 @@ class Engine(ABC):
         self.device = torch.device(device)
         self.schedule = family.schedule(program)
         self.lanes: dict[str, Lane] = {}
-        # on a GPU, what the next epoch and its test read is worked out while the device trains, and on the host: on
-        # the device it would queue behind the training that it is meant to be ready for
-        self._ahead = ThreadPoolExecutor(1, "orders") if self.device.type == "cuda" else None
-        self._orders: dict[tuple[str, str, int], Future] = {}  # (lane, "order" or "test_order", epoch)
+        # on a GPU worked out while the device trains, and on the host: on the device it would queue behind the
+        # training that it is meant to be ready for
+        self._orders = Orders(family, program, self.host_arrays, ahead=self.device.type == "cuda")
         self._side = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._prepared: dict[str, tuple[State | None, Hypers]] = {}  # lane to come -> made on the side stream
+        self.in_graphs = False  # work is captured in CUDA graphs
+        self._graphed_init: GraphedInit | None = None
         self.runs_ahead = self.device.type == "cuda"  # `launch` comes back before the work is done
         self.setup_seconds = 0.0  # compiling and capturing so far
 
@@ -209,29 +213,40 @@ class Engine(ABC):
 
     def prepare(self, arrival: Arrival) -> None:
         """Work out now, beside the training under way, what inserting a lane will need. For engines that run ahead."""
-        if arrival.key in self._prepared or self._side is None or self._ahead is None:
+        if arrival.key in self._prepared or self._side is None:
             return
-        with torch.cuda.stream(self._side):
-            tensors = hyper_tensors(self.program, arrival.hyper, self.device)
-            fresh = arrival.state is None
-            state = self.family.init(self.program, tensors, counter(arrival.seed, self.device)) if fresh else None
-        self._prepared[arrival.key] = state, tensors
+        self._prepared[arrival.key] = self._made(arrival)
         if arrival.step < self.schedule.steps:
-            self._order_ahead("order", arrival, arrival.step // self.schedule.steps_per_epoch)
+            self._orders.expect("order", arrival.seed, arrival.step // self.schedule.steps_per_epoch)
 
     def _taken_in(self, arrival: Arrival) -> tuple[State, Hypers]:
         """An arrival's state, a copy that is the lane's own, and its hypers, on the device."""
-        state, tensors = self._prepared.pop(arrival.key, (None, None))
-        if tensors is None:
-            tensors = hyper_tensors(self.program, arrival.hyper, self.device)
-        else:
-            assert self._side is not None
+        prepared = arrival.key in self._prepared
+        state, tensors = self._prepared.pop(arrival.key) if prepared else self._made(arrival)
+        if self._side is not None:
             main = torch.cuda.current_stream()
             main.wait_stream(self._side)
             tree_map(lambda tensor: tensor.record_stream(main), {"state": state or {}, "hyper": dict(tensors)})
-        if state is None and arrival.state is None:
-            state = self.family.init(self.program, tensors, counter(arrival.seed, self.device))
         return (copy_of(arrival.state, self.device) if state is None else state), tensors
+
+    def _made(self, arrival: Arrival) -> tuple[State | None, Hypers]:
+        """An arrival's first state, unless it brings one, and its hypers. On a GPU all such work has one stream beside
+        the training: it neither waits for the chunk under way nor overtakes itself."""
+        with torch.cuda.stream(self._side) if self._side else contextlib.nullcontext():
+            tensors = hyper_tensors(self.program, arrival.hyper, self.device)
+            return (self._first_state(tensors, arrival.seed) if arrival.state is None else None), tensors
+
+    def _first_state(self, hypers: Hypers, seed: int) -> State:
+        """What the family starts a lane with."""
+        init = lambda hypers, seed: self.family.init(self.program, hypers, seed)
+        number = counter(seed, self.device)
+        if self._graphed_init is None and self.in_graphs:
+            try:
+                self._graphed_init = GraphedInit(init, hypers, number)
+            except RuntimeError as error:  # a matrix factorisation, say, cannot be captured
+                log.info("first states of %s are made call by call: %s", self.family.name, str(error).splitlines()[0])
+                self.in_graphs = False
+        return self._graphed_init.run(hypers, number) if self._graphed_init else init(hypers, number)
 
     def remove(self, keys: Sequence[str]) -> None:
         """Free lanes. Neighbours do not notice."""
@@ -245,8 +260,6 @@ class Engine(ABC):
         gone = set(keys)
         for key in gone & self._prepared.keys():
             del self._prepared[key]
-        for wanted in [wanted for wanted in self._orders if wanted[0] in gone]:
-            del self._orders[wanted]
 
     @property
     def spare(self) -> int:
@@ -291,7 +304,7 @@ class Engine(ABC):
         for key in keys:
             lane = self.lanes[key]
             epoch = lane.step // self.schedule.steps_per_epoch - 1
-            rows = self._order("test_order", lane, epoch)
+            rows = self._orders.get("test_order", lane.seed, epoch)
             alike.setdefault(shapes_of(rows), []).append((key, rows))
         groups = []
         for group in alike.values():
@@ -318,27 +331,16 @@ class Engine(ABC):
 
     def _refresh_orders(self, lanes: Sequence[Lane]) -> None:
         """Hand lanes at the start of an epoch its order, and have what comes after it worked out ahead."""
+        if not lanes:
+            return
         epochs = {lane.key: lane.step // self.schedule.steps_per_epoch for lane in lanes}
-        if lanes:
-            self._set_orders({lane.key: self._order("order", lane, epochs[lane.key]) for lane in lanes})
-        if self._ahead is not None:
-            for lane in lanes:
-                epoch = epochs[lane.key]
-                self._order_ahead("test_order", lane, epoch)
-                if epoch + 1 < self.schedule.epochs:
-                    self._order_ahead("order", lane, epoch + 1)
-
-    def _order(self, kind: str, lane: Lane, epoch: int) -> Mapping[str, Tensor]:
-        """The family's `order` or `test_order` of a lane, which may have been worked out already."""
-        future = self._orders.pop((lane.key, kind, epoch), None)
-        if future is not None:
-            return future.result()
-        return getattr(self.family, kind)(self.program, self.host_arrays, lane.seed, epoch)
-
-    def _order_ahead(self, kind: str, lane: Lane | Arrival, epoch: int) -> None:
-        assert self._ahead is not None
-        make = getattr(self.family, kind)
-        self._orders[lane.key, kind, epoch] = self._ahead.submit(make, self.program, self.host_arrays, lane.seed, epoch)
+        self._set_orders({lane.key: self._orders.get("order", lane.seed, epochs[lane.key]) for lane in lanes})
+        for lane in lanes:
+            epoch = epochs[lane.key]
+            self._orders.expect("test_order", lane.seed, epoch)
+            if epoch + 1 < self.schedule.epochs:
+                self._orders.expect("order", lane.seed, epoch + 1)
+        self._orders.trim(len(self.lanes))
 
     def _step_one(self, state: State, hyper: Hypers, row: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
         """One update of one lane: gather its batch, then the family's step."""
@@ -362,25 +364,6 @@ def stack_metrics(values: Sequence[Tensor], dim: int = 0) -> Tensor:
         if value.dtype.is_floating_point:
             kind = torch.promote_types(kind, value.dtype)
     return torch.stack([value.to(kind) for value in values], dim=dim)
-
-
-LONGEST_FUSED_CAT = 64
-"""Inductor writes each part of a concatenation of more than 8 by a kernel of its own: hundreds a step, where a net's
-biases, gains and their coefficients are updated together."""
-
-
-def compile_lanes(function: Callable, device: torch.device | None = None, **more: Any) -> Callable:
-    """torch.compile for engines; `more` goes to it.
-
-    Programs and lane counts share the engine's code, and every one of them is a compilation of its own: at dynamo's
-    usual limit of 8 the ninth would run uncompiled without a word.
-    """
-    torch._dynamo.config.recompile_limit = 4096
-    torch._dynamo.config.accumulated_recompile_limit = 65536
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if device is not None and device.type == "cuda":
-        more["options"] = {"max_pointwise_cat_inputs": LONGEST_FUSED_CAT}
-    return torch.compile(function, dynamic=False, **more)
 
 
 def shapes_of(rows: Mapping[str, Tensor]) -> tuple:

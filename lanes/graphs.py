@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lanes.states import copy_into, copy_of
+from trainables.family import Hypers, State
+
 Out = TypeVar("Out")
 LONGEST = 64
 WORTH_LAUNCHING = 8.0
@@ -112,6 +115,31 @@ class GraphedSums:
         for _ in range(self._batches):
             self._graph.replay()
         return {name: total.clone() for name, total in self._totals.items()}
+
+
+class GraphedInit:
+    """A lane's first state as one graph launch: drawing it takes hundreds to thousands of small kernels.
+
+    Args:
+        init: (hypers, seed) -> state, in plain calls; the captured kernels are the same, so the state is too, to the
+            bit.
+        hypers, seed: as they will be given to `run`.
+    """
+
+    def __init__(self, init: Callable[[Hypers, Tensor], State], hypers: Hypers, seed: Tensor):
+        self._hypers, self._seed = copy_of(dict(hypers)), seed.clone()
+        warm_up(lambda: init(self._hypers, self._seed))
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._state = init(self._hypers, self._seed)
+
+    def run(self, hypers: Hypers, seed: Tensor) -> State:
+        """A state of the caller's own, not waited for."""
+        copy_into(self._hypers, dict(hypers))
+        self._seed.copy_(seed)
+        self._graph.replay()
+        return copy_of(self._state)
 
 
 def warm_up(work: Callable[[], Out]) -> Out:

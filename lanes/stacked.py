@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lanes.engine import Engine, Lane, compile_lanes, send, shapes_of, stack_metrics
+from lanes.compiling import compile_lanes
+from lanes.engine import Engine, Lane, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
 from lanes.states import copy_into, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
@@ -47,6 +48,7 @@ class StackedEngine(Engine):
         self._graphed_sums: dict[tuple, GraphedSums] = {}  # by the shapes of what an evaluation reads
         self._stacked_step = vmap(self._step_one)
         self._stacked_evaluate = vmap(self._evaluate_one)
+        self.in_graphs = compiled and self.device.type == "cuda"
         if compiled:
             self._stacked_evaluate = compile_lanes(self._stacked_evaluate, self.device)
             self._in_place = compile_lanes(self._step_in_place, self.device)
@@ -115,14 +117,11 @@ class StackedEngine(Engine):
         if not self._rows:
             some = next(iter(rows.values()))
             self._rows = {name: _repeat(row.to(self.device), len(self._slots)) for name, row in some.items()}
-        slots = [self._slots.index(key) for key in rows]
+        slots = send(torch.tensor([self._slots.index(key) for key in rows]), self.device)
         for name, buffer in self._rows.items():
-            fresh = send(torch.stack([lane_rows[name] for lane_rows in rows.values()]), self.device)
-            if slots == list(range(len(slots))):
-                buffer[: len(slots)].copy_(fresh)
-            else:
-                for i, slot in enumerate(slots):
-                    buffer[slot].copy_(fresh[i])
+            buffer.index_copy_(
+                0, slots, send(torch.stack([lane_rows[name] for lane_rows in rows.values()]), self.device)
+            )
         steps = [self.lanes[key].step if key in self.lanes else 0 for key in self._slots]
         places = torch.tensor([step % self.schedule.steps_per_epoch for step in steps])
         self._position.copy_(send(places, self.device))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tests.toys.regression as toy
-from lanes.engine import Chunk, compile_lanes
+from lanes.compiling import compile_lanes
+from lanes.engine import Chunk
 from lanes.host import Host, HostSettings
 from lanes.job import Job
 from lanes.probe import ENGINES, probe
