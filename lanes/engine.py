@@ -71,19 +71,20 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluations under way: `wait` gives {key: {metric: mean}}."""
+    """Evaluations under way: `wait` gives {key: {metric: mean}}. A group is of one set: what its metrics' names begin
+    with, the lanes, their columns, and the sums."""
 
     keys: tuple[str, ...]
-    groups: tuple[tuple[tuple[str, ...], tuple[int, ...], Fetch], ...]
+    groups: tuple[tuple[str, tuple[str, ...], tuple[int, ...], Fetch], ...]
 
     def wait(self) -> dict[str, dict[str, float]]:
-        means: dict[str, dict[str, float]] = {}
-        for keys, columns, sums in self.groups:
+        means: dict[str, dict[str, float]] = {key: {} for key in self.keys}
+        for prefix, keys, columns, sums in self.groups:
             totals = {name: values.astype(np.float64)[list(columns)] for name, values in sums.wait().items()}
             counts = totals.pop("count")
             for i, key in enumerate(keys):
-                means[key] = {name: float(values[i] / counts[i]) for name, values in totals.items()}
-        return {key: means[key] for key in self.keys}
+                means[key] |= {prefix + name: float(values[i] / counts[i]) for name, values in totals.items()}
+        return means
 
 
 @dataclass(frozen=True)
@@ -297,21 +298,21 @@ class Engine(ABC):
     def launch_evaluation(self, keys: Sequence[str]) -> Evaluation:
         """Evaluate lanes that have just ended an epoch, on that epoch's test batches.
 
-        `test_order` may give one epoch more than another (the test set itself at the last one, say): lanes whose rows
-        have equal names and shapes are evaluated together.
+        `test_order` may give one epoch more sets than another (the test set itself at the last one, say): lanes whose
+        rows of a set have equal names and shapes are evaluated together.
         """
         alike: dict[tuple, list[tuple[str, Mapping[str, Tensor]]]] = {}
         for key in keys:
             lane = self.lanes[key]
             epoch = lane.step // self.schedule.steps_per_epoch - 1
-            rows = self._orders.get("test_order", lane.seed, epoch)
-            alike.setdefault(shapes_of(rows), []).append((key, rows))
+            for prefix, rows in sets_of(self._orders.get("test_order", lane.seed, epoch)).items():
+                alike.setdefault((prefix, shapes_of(rows)), []).append((key, rows))
         groups = []
-        for group in alike.values():
+        for (prefix, _), group in alike.items():
             together = tuple(key for key, _ in group)
             with torch.no_grad(), autocast(self.program, self.device):
                 sums, columns = self._evaluate(together, [rows for _, rows in group])
-            groups.append((together, tuple(columns), Fetch(sums)))
+            groups.append((prefix, together, tuple(columns), Fetch(sums)))
         return Evaluation(tuple(keys), tuple(groups))
 
     def evaluate(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -364,6 +365,12 @@ def stack_metrics(values: Sequence[Tensor], dim: int = 0) -> Tensor:
         if value.dtype.is_floating_point:
             kind = torch.promote_types(kind, value.dtype)
     return torch.stack([value.to(kind) for value in values], dim=dim)
+
+
+def sets_of(rows: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+    """What `test_order` gave, as what the metrics of each set begin with -> its rows."""
+    several = isinstance(next(iter(rows.values())), Mapping)
+    return {f"{name}_": of_set for name, of_set in rows.items()} if several else {"": rows}
 
 
 def shapes_of(rows: Mapping[str, Tensor]) -> tuple:

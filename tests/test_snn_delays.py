@@ -14,6 +14,7 @@ from torch import nn
 
 from lanes.engine import put
 from lanes.serial import SerialEngine
+from lanes.stacked import StackedEngine
 from trainables.family import BadValue, config_key, hyper_tensors, load_family, program_key
 from trainables.snn_delays import TINY, delays, model, training
 from trainables.snn_delays.program import Program, kernel_steps
@@ -207,14 +208,14 @@ def test_evaluation_rounds_delays_and_leaves_the_state_alone(cache_dir):
     engine.advance(4)
     before = engine.state("me")
     program, hyper = engine.program, engine.hypers("me")
-    row = {name: r[0] for name, r in FAMILY.test_order(program, engine.arrays, 0, 0).items()}
+    row = {name: r[0] for name, r in FAMILY.test_order(program, engine.arrays, 0, 0)["valid"].items()}
     batch = FAMILY.batch(program, engine.arrays, row)
     as_is = FAMILY.evaluate(program, before, hyper, batch)
     rounded = {name: value.round() if name.endswith(".position") else value for name, value in before["params"].items()}
     moved = max(float((rounded[name] - value).abs().max()) for name, value in before["params"].items())
     assert moved > 0.2
     whole = FAMILY.evaluate(program, {**before, "params": rounded}, hyper, batch)
-    assert torch.equal(as_is["valid_loss"], whole["valid_loss"])
+    assert torch.equal(as_is["loss"], whole["loss"])
     engine.evaluate(["me"])
     for name, value in engine.state("me")["params"].items():
         assert torch.equal(value, before["params"][name])
@@ -229,16 +230,32 @@ def test_test_set_is_evaluated_once_after_the_last_epoch(cache_dir):
         found = engine.evaluate(["me"])["me"]
         assert {name.split("_")[0] for name in found} == ({"valid"} if epoch < 2 else {"valid", "test"})
     program, hyper, state = engine.program, engine.hypers("me"), engine.state("me")
-    rows = FAMILY.test_order(program, engine.arrays, 0, 2)["test_index"]
+    rows = FAMILY.test_order(program, engine.arrays, 0, 2)["test"]["index"]
     right = count = 0.0
     for index in rows:
         row = {"index": index}
         sums = FAMILY.evaluate(program, state, hyper, FAMILY.batch(program, engine.arrays, row))
-        right, count = right + float(sums["valid_accuracy"]), count + int(sums["count"])
+        right, count = right + float(sums["accuracy"]), count + int(sums["count"])
     assert count == 360
     assert found["test_accuracy"] == pytest.approx(right / count, abs=1e-12)
     summary = FAMILY.summarize(program, {"valid_accuracy": np.array([0.2, 0.6, 0.4]), "test_accuracy": np.array([0.3])})
     assert summary == {"valid_accuracy": 0.4, "best_valid_accuracy": 0.6, "test_accuracy": 0.3}
+
+
+def test_lanes_in_their_last_epoch_are_tested_beside_lanes_that_are_not(cache_dir):
+    alone = {name: engine_of(cache_dir, epochs=2) for name in ("old", "young")}
+    many = StackedEngine(FAMILY, alone["old"].program, alone["old"].arrays)
+    hyper = build(epochs=2)[1]
+    many.insert("old", hyper, 0)
+    many.advance(4)
+    many.insert("young", hyper, 0)
+    many.advance(4)
+    found = many.evaluate(["young", "old"])
+    alone["old"].advance(4)
+    for name, engine in alone.items():
+        engine.advance(4)
+        assert found[name] == pytest.approx(engine.evaluate(["me"])["me"], rel=1e-9)
+    assert set(found["old"]) - set(found["young"]) == {"test_loss", "test_accuracy"}
 
 
 def test_padding_decides_which_frames_count():

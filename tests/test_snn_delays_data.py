@@ -142,8 +142,8 @@ def test_an_epoch_visits_every_training_sample_once_and_fills_up_the_last_batch(
     assert not first.equal(second)
     assert not first.equal(order(program, arrays, 1, 0)["index"])
     rows = [data.test_order(program, arrays, 0, epoch) for epoch in range(3)]
-    assert [sorted(row) for row in rows[:2]] == [["index"], ["index"]]
-    last = rows[2]["test_index"]
+    assert [list(sets) for sets in rows] == [["valid"], ["valid"], ["valid", "test"]]
+    last = rows[2]["test"]["index"]
     assert sorted(last[last >= 0].tolist()) == arrays["test"].tolist()
 
 

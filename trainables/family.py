@@ -146,7 +146,7 @@ class Family:
             (str) and `precision` ("float32", "float64" or "bf16"). A field with `metadata={"identity": False}` (what
             to log, say) separates stacks but is left out of the config key.
         Hyper: frozen dataclass of floats: everything that may differ between lanes of one stack.
-        metrics: every name that `step`, `evaluate` and `summarize` return -> `Metric`.
+        metrics: every name that `step`, `evaluate` (with its set) and `summarize` return -> `Metric`.
         headline: the key of `summarize` that a sweep optimises by default.
         load: (program, data_dir or None, cache_dir) -> {name: numpy array}. Decodes once, memory-mapped under
             `cache_dir` where large; raises `BadValue` naming a file that is missing or malformed.
@@ -157,8 +157,9 @@ class Family:
         batch: (program, arrays, row) -> batch, `row` being one step's slice of `order` (or of `test_order`).
         step: (program, state, hyper, batch) -> (state, {metric: 0-d tensor}). Increments `state["step"]`.
         test_order: (program, arrays, seed, epoch) -> {name: tensor [T, ...]}: the evaluation batches after that epoch.
-            A short last batch is padded with index -1. Names and shapes may depend on the epoch (the test set itself
-            at the last one only, say); the epoch's metrics may then differ too.
+            A short last batch is padded with index -1. Or {set: {name: tensor}}, where there may be other sets at
+            another epoch (the test set at the last one only, say): their metrics are `evaluate`'s under
+            "<set>_<metric>". One batch has the same names and shapes in all sets: each other would be compiled anew.
         evaluate: (program, state, hyper, batch) -> {metric: SUM over the batch's real examples, "count": their number};
             the engine adds batches up and divides by the count.
         inspect: (program, state, hyper) -> {name: tensor of any small shape}, read at the end of an epoch if the sweep
@@ -185,7 +186,7 @@ class Family:
     order: Callable[[Any, Arrays, int, int], dict[str, Tensor]]
     batch: Callable[[Any, Arrays, dict[str, Tensor]], Batch]
     step: Callable[[Any, State, Hypers, Batch], tuple[State, dict[str, Tensor]]]
-    test_order: Callable[[Any, Arrays, int, int], dict[str, Tensor]]
+    test_order: Callable[[Any, Arrays, int, int], dict[str, Any]]
     evaluate: Callable[[Any, State, Hypers, Batch], dict[str, Tensor]]
     # defaults from factories: a class attribute would be found where a late function has not been imported yet
     inspect: Callable[[Any, State, Hypers], dict[str, Tensor]] = field(default_factory=lambda: no_covariates)

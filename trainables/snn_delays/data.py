@@ -6,7 +6,6 @@ over classes, chosen by a fixed hash. The test set is read after the last epoch 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -115,47 +114,25 @@ def order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, 
     shuffled = draws.permutation(
         draws.counter(seed, samples.device), draws.counter(epoch, samples.device), "order", len(samples)
     )
-    return {"index": _rows(samples[shuffled], program.batch, math.ceil(len(samples) / program.batch))}
+    return {"index": _rows(samples[shuffled], program.batch)}
 
 
-def test_order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, Tensor]:
-    """The validation samples; after the last epoch the test samples beside them.
-
-    `test_weight` turns sums over test samples into what the engine's division by the number of validation samples
-    makes a mean of.
-    """
-    valid, test = arrays["valid"], arrays["test"]
-    count = math.ceil(len(valid) / program.batch)
-    if epoch + 1 < program.epochs or program.selection == "test":
-        return {"index": _rows(valid, program.batch, count)}
-    count = max(count, math.ceil(len(test) / program.batch))
-    weight = torch.full((count,), len(valid) / len(test), dtype=torch.float64, device=valid.device)
-    return {
-        "index": _rows(valid, program.batch, count),
-        "test_index": _rows(test, program.batch, count),
-        "test_weight": weight.to(dtype_of(program)),
-    }
+def test_order(program: Program, arrays: Arrays, seed: int, epoch: int) -> dict[str, dict[str, Tensor]]:
+    """{"valid": the validation samples}; after the last epoch the test samples beside them, as "test"."""
+    sets = {"valid": arrays["valid"]}
+    if epoch + 1 == program.epochs and program.selection != "test":
+        sets["test"] = arrays["test"]
+    return {name: {"index": _rows(samples, program.batch)} for name, samples in sets.items()}
 
 
-def _rows(samples: Tensor, size: int, count: int) -> Tensor:
-    filler = torch.full((count * size - len(samples),), -1, dtype=samples.dtype, device=samples.device)
-    return torch.cat([samples, filler]).reshape(count, size)
+def _rows(samples: Tensor, size: int) -> Tensor:
+    filler = torch.full((-len(samples) % size,), -1, dtype=samples.dtype, device=samples.device)
+    return torch.cat([samples, filler]).reshape(-1, size)
 
 
-def batch(program: Program, arrays: Arrays, row: dict[str, Tensor]) -> dict:
-    """One batch: for training {frames [B, T, F], length, label, real [B]}; for evaluation such a batch under "valid",
-    and after the last epoch another under "test"."""
-    chosen = _gather(program, arrays, row["index"])
-    if "test_index" not in row:
-        return {**chosen, "valid": chosen}
-    return {
-        "valid": chosen,
-        "test": _gather(program, arrays, row["test_index"]),
-        "test_weight": row["test_weight"],
-    }
-
-
-def _gather(program: Program, arrays: Arrays, index: Tensor) -> dict[str, Tensor]:
+def batch(program: Program, arrays: Arrays, row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{frames [B, T, F], length, label, real [B]}."""
+    index = row["index"]
     known = index.clamp(min=0)
     return {
         "frames": arrays["x"][known].to(dtype_of(program)),

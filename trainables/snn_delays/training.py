@@ -170,22 +170,13 @@ def _losses(scores: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(program: Program, state: State, hyper: Hypers, batch: Mapping) -> dict[str, Tensor]:
-    """Sums over the validation batch, with whole delays and sigma 0; over the test batch too where there is one."""
-    sums = {f"valid_{name}": value for name, value in _evaluate_split(program, state, hyper, batch["valid"]).items()}
-    sums["count"] = batch["valid"]["real"].sum()
-    if "test" in batch:
-        for name, value in _evaluate_split(program, state, hyper, batch["test"]).items():
-            sums[f"test_{name}"] = value * batch["test_weight"]
-    return sums
-
-
-def _evaluate_split(program: Program, state: State, hyper: Hypers, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def evaluate(program: Program, state: State, hyper: Hypers, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over a batch, with whole delays and sigma 0."""
     kernels = model.discrete_kernels(program, hyper, state["params"])
     forward = model.Pass(program, hyper, state["params"], state["running"], kernels, None, None)
     scores = _scores(forward(batch["frames"]), frames_that_count(program, batch))
     losses, hits = _losses(scores, batch)
-    return {"loss": losses.sum(), "accuracy": hits.sum()}
+    return {"loss": losses.sum(), "accuracy": hits.sum(), "count": batch["real"].sum()}
 
 
 def inspect(program: Program, state: State, hyper: Hypers) -> dict[str, Tensor]:
