@@ -244,14 +244,13 @@ class Bench:
         timing = folder / "timing.json"
         if not timing.exists():
             return {"error": error or "the sweep left no timing.json", "wall_s": wall, "log": _tail(folder / "log.txt")}
-        steps = pd.concat([pd.read_parquet(path, columns=["run_key", "step"]) for path in (folder / "steps").iterdir()])
-        epochs = pd.concat([pd.read_parquet(path, columns=["time"]) for path in (folder / "epochs").iterdir()])
+        steps, epochs = _columns(folder / "steps", "run_key", "step"), _columns(folder / "epochs", "time")
         table = pd.read_parquet(folder / "runs.parquet")
         name, axis = f"final.{self.job.plan.metric}", f"axis.{self.job.workload.axis}"
         results = {
             f"{record[axis]:.6g}": {"value": record[name], "finished": record["config_stop_reason"] == "finished"}
             for record in table.to_dict("records")
-            if record[name] == record[name]
+            if name in record and record[name] == record[name]  # no such column: stopped before the first report
         }
         times = sorted(time.timestamp() for time in epochs["time"])
         done = float(steps.groupby("run_key")["step"].max().sum())
@@ -398,6 +397,15 @@ def _versions() -> Row:
     from tuning.provenance import versions
 
     return {"versions": {k: v for k, v in versions().items() if k in ("python", "torch", "ray", "mlflow")}}
+
+
+def _columns(folder: Path, *names: str) -> Any:
+    """These columns of a folder's Parquet files; none of them where nothing was written."""
+    import pandas as pd
+
+    files = sorted(folder.glob("*.parquet"))
+    empty = pd.DataFrame(columns=list(names))
+    return pd.concat([pd.read_parquet(path, columns=list(names)) for path in files]) if files else empty
 
 
 def _tail(path: Path, count: int = 12) -> str:

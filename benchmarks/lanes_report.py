@@ -50,7 +50,7 @@ def write(out: Path) -> None:
 def section(
     workload: str, device: str, gpus: int, precision: str, arms: Mapping[str, Row], ceilings: Row | None
 ) -> list[str]:
-    some = next(iter(arms.values()))
+    some = next((row for name, row in arms.items() if name.startswith("lanewise")), next(iter(arms.values())))
     versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
     settings = f", with {', '.join(some['settings'])}" if some["settings"] else ""
     notes = "".join(f"; {note}" for note in sorted({row["note"] for row in arms.values() if row.get("note")}))
@@ -108,11 +108,20 @@ def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:
             row = good[name]
             seconds = ", ".join(f"{what} {value:.1f}" for what, value in row["seconds"].items())
             lines += [
-                f"{SHOWN[name]}: engine {', '.join(row['engines'])}; set-up of compiled rows in its probes "
+                f"{SHOWN[name]}: engine {engines(row['engines'])}; set-up of compiled rows in its probes "
                 f"{row['compile_s']:.0f} s; seconds: {seconds}.",
                 "",
             ]
     return lines
+
+
+def engines(used: list[str]) -> str:
+    """["stacked x8", "stacked x32"] -> "stacked, up to 32 lanes"."""
+    most: dict[str, int] = {}
+    for each in used:
+        name, _, lanes = each.rpartition(" x")
+        most[name] = max(most.get(name, 0), int(lanes))
+    return "; ".join(f"{name}, up to {lanes} lanes" for name, lanes in most.items()) or "none came to a report"
 
 
 def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings: Row | None) -> list[str]:
