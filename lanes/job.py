@@ -26,6 +26,7 @@ class Job:
         reports: epochs after which to report, ascending; the last is the end.
         covariates: also record what the family's `inspect` says, after every epoch.
         parent: seed -> (run key, epoch) whose checkpoint a run without one of its own continues from (PBT's exploit).
+        stops: whether its runs wait at a report until it is accepted; where nobody would stop them there, they go on.
     """
 
     token: str
@@ -36,6 +37,7 @@ class Job:
     reports: tuple[int, ...]
     covariates: bool = False
     parent: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    stops: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,9 @@ class Run:
     device_seconds: float = 0.0
     lanes: int = 0
     state: State | None = None
-    accepted: int = 0  # epochs up to which its reports were accepted before it went back to a checkpoint
+    accepted: int = 0  # epochs up to which its reports were accepted, or passed
+    begun: int = 0  # the step at which it was attached
+    passed: dict[int, tuple[Future | None, SeedReport]] = field(default_factory=dict)  # reports not told, by epoch
     hyper: Any = None
     written: Future | None = None  # of what must be on disk before its next report is told
 
@@ -39,32 +41,36 @@ class Flight:
     """Work the device has been given, and what is to be read when it is done.
 
     `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs;
-    `left` those that then gave up their slots for a report, with their states unless they are at their end.
+    `left` those that then gave up their slots for a report, with their states unless they are at their end; `passed`
+    those that came to a report and go on, with their states there.
     """
 
     chunk: Chunk
     trained: Mapping[str, Run]
     ended: tuple[str, ...]
     left: Mapping[str, Parcel | None]
+    passed: Mapping[str, Parcel]
     tests: Evaluation | None
     covariates: Inspection | None
 
 
-def report_of(token: str, runs: Sequence[Run], family: Family, program: Any, engine: str) -> Report:
+def seed_report(run: Run, family: Family, program: Any) -> SeedReport:
+    """What a run says of itself where it stands."""
+    values = {}
+    if run.epochs:
+        curves = {name: np.asarray(values) for name, values in run.epochs.items()}
+        values = family.summarize(program, curves)
+    status = run.status if run.status in ("finished", "diverged") else "training"
+    epoch = run.step // family.schedule(program).steps_per_epoch
+    return SeedReport(run.key, status, epoch, run.step, values, run.device_seconds)
+
+
+def report_of(token: str, seeds: Mapping[int, SeedReport], engine: str, lanes: int) -> Report:
     """What a config says of its runs, which all stand at the same report, or at their ends."""
-    per_epoch = family.schedule(program).steps_per_epoch
-    seeds = {}
-    for run in runs:
-        status = "training" if run.status == "parked" else run.status
-        values = {}
-        if run.epochs:
-            curves = {name: np.asarray(values) for name, values in run.epochs.items()}
-            values = family.summarize(program, curves)
-        seeds[run.seed] = SeedReport(run.key, status, run.step // per_epoch, run.step, values, run.device_seconds)
     going = [seed.epoch for seed in seeds.values() if seed.status != "diverged"]
     epoch = max(going) if going else max(seed.epoch for seed in seeds.values())
     done = all(seed.status != "training" for seed in seeds.values())
-    return Report(token, epoch, done, seeds, engine, max(run.lanes for run in runs))
+    return Report(token, epoch, done, dict(seeds), engine, lanes)
 
 
 def arrival(run: Run) -> Arrival:

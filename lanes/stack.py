@@ -2,22 +2,24 @@
 
 Plain Python, no Ray: `lanes.host` puts it into an actor, tests drive it directly. A config's seeds train as lanes of
 the stack's engine; at each epoch in its `reports` its runs are parked until somebody says `proceed` or `release`, so
-that a run never trains past a decision that might stop it. Parked and waiting runs hold no slot.
+that a run never trains past a decision that might stop it. Parked and waiting runs hold no slot. Runs of a config that
+nobody would stop (`Job.stops`) pass their reports and go on.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
 
 from lanes.engine import Engine
 from lanes.job import Job, Report
-from lanes.runs import Flight, Run, arrival, lane_key, report_of
+from lanes.runs import Flight, Run, arrival, lane_key
 from lanes.states import Parcel, tree_map
+from lanes.telling import Telling
 from lanes.writer import Writer
 from trainables.family import Family
 
@@ -69,7 +71,7 @@ class Stack:
         self._engine_name = ""
         self._max_lanes = 0
         self._runs: dict[str, list[Run]] = {}  # token -> its runs
-        self._told: set[str] = set()  # tokens that were told of a report and have not said `proceed`
+        self._telling = Telling(family, program)
         self._waiting: list[Run] = []
         self._training: dict[str, Run] = {}  # lane key -> run
         self._flight: Flight | None = None
@@ -82,7 +84,7 @@ class Stack:
 
     @property
     def busy(self) -> bool:
-        untold = any(self._waits_to_be_told(token) for token in self._runs)
+        untold = any(self._telling.waits(token, runs) for token, runs in self._runs.items())
         return bool(self._waiting or self._training or self._flight or self._landed or untold)
 
     @property
@@ -97,6 +99,7 @@ class Stack:
         for seed, key in job.runs.items():
             run = Run(key, seed, job, hyper=hyper)
             self._restore(run)
+            run.begun = run.step
             runs.append(run)
         self._runs[job.token] = runs
         for run in runs:
@@ -123,16 +126,16 @@ class Stack:
 
     def proceed(self, token: str) -> None:
         """A report was accepted: the config's parked runs want slots again."""
-        self._told.discard(token)
         for run in self._runs.get(token, ()):
             if run.status == "parked":
+                self._telling.forget(token)
                 run.status = "waiting"
                 run.accepted = run.step // self.schedule.steps_per_epoch
                 self._waiting.append(run)
 
     def release(self, token: str) -> None:
         """Let a config go, at once. Unknown tokens (released before) are fine."""
-        self._told.discard(token)
+        self._telling.forget(token)
         self._land()
         lanes = []
         runs = self._runs.pop(token, [])
@@ -162,7 +165,7 @@ class Stack:
         self.writer.check()
         flight = self._flight or self._launch()
         if flight is None:
-            self._wait_for_writing()
+            self._telling.wait_for_writing(self._runs)
             return self._complete_reports()
         self._flight = self._launch() if self._may_run_ahead() else None
         self._prepare_next(flight)
@@ -298,7 +301,14 @@ class Stack:
         tests = engine.launch_evaluation(ended) if ended else None
         covariates = engine.launch_inspection(watched) if watched else None
         trained = dict(self._training)
-        return Flight(chunk, trained, ended, self._take_out(ended), tests, covariates)
+        passed = self._pass(ended)
+        return Flight(chunk, trained, ended, self._take_out(ended), passed, tests, covariates)
+
+    def _pass(self, ended: Sequence[str]) -> dict[str, Parcel]:
+        """Lanes that come to a report and do not stop send their states home."""
+        engine = self._need_engine()
+        reporting = [lane for lane in ended if self._passes_at(self._training[lane], engine.lanes[lane].step)]
+        return {lane: Parcel(engine.state(lane)) for lane in reporting}
 
     def _take_out(self, ended: Sequence[str]) -> dict[str, Parcel | None]:
         """Lanes that stop at a report leave; what goes on afterwards takes its state along, and sends it home."""
@@ -306,7 +316,7 @@ class Stack:
         left: dict[str, Parcel | None] = {}
         for lane in ended:
             run, step = self._training[lane], engine.lanes[lane].step
-            if not self._reports_at(run, step):
+            if not self._reports_at(run, step) or self._passes_at(run, step):
                 continue
             left[lane] = None
             if step < self.schedule.steps:
@@ -376,7 +386,12 @@ class Stack:
             run.state, run.written = None, self.writer.flush()
 
     def _come_to_reports(self, flight: Flight) -> None:
-        """Runs that left with a flight stand at a report, or at their end."""
+        """Runs that left with a flight stand at a report, or at their end; others have passed one."""
+        for lane, state in flight.passed.items():
+            run = flight.trained[lane]
+            if run.status == "training":
+                run.written = self._save(run, state)
+                self._telling.note_passed(run, run.written)
         for lane, parcel in flight.left.items():
             run = flight.trained[lane]
             if run.status == "training":
@@ -413,17 +428,23 @@ class Stack:
                 run.status = "diverged"
 
     def _reports_at(self, run: Run, step: int) -> bool:
-        """Whether a run stops for a report at the end of the epoch that `step` ends."""
+        """Whether a run has a report to make at the end of the epoch that `step` ends."""
         epoch = step // self.schedule.steps_per_epoch
         return epoch > run.accepted and epoch in run.job.reports
+
+    def _passes_at(self, run: Run, step: int) -> bool:
+        """Whether it makes that report and goes on."""
+        return not run.job.stops and step < self.schedule.steps and self._reports_at(run, step)
 
     def _park_or_wait(self, run: Run) -> None:
         """Where a run stands after a whole epoch: at its end, at a report, or on its way."""
         if run.step >= self.schedule.steps:
             run.status = "finished"
-        elif self._reports_at(run, run.step):
+        elif self._reports_at(run, run.step) and run.job.stops:
             run.status = "parked"
         else:
+            if self._passes_at(run, run.step):
+                self._telling.note_passed(run, None)  # it was taken from a checkpoint, so that is on disk
             run.status = "waiting"
             self._waiting.append(run)
 
@@ -442,34 +463,9 @@ class Stack:
         }
         return self.writer.save(run.key, run.step, parcel, extra)
 
-    def _waits_to_be_told(self, token: str) -> bool:
-        """Whether all of a config's runs have come to a report that is not told yet."""
-        return token not in self._told and all(run.status not in ("waiting", "training") for run in self._runs[token])
-
-    def _wait_for_writing(self) -> None:
-        """Nothing trains: until more is on disk of what must be there before the next reports are told."""
-        runs = [run for token, runs in self._runs.items() if self._waits_to_be_told(token) for run in runs]
-        pending = [run.written for run in runs if run.written and not run.written.done()]
-        if pending:
-            wait(pending, return_when=FIRST_COMPLETED)
-
     def _complete_reports(self) -> list[Report]:
-        """Configs whose every run is parked at the same report, finished or diverged: each is told once."""
-        reports = []
-        for token, runs in self._runs.items():
-            if not self._waits_to_be_told(token) or any(run.written and not run.written.done() for run in runs):
-                continue
-            for run in runs:
-                if run.written:
-                    run.written.result()
-            parked = [run for run in runs if run.status == "parked"]
-            behind = [run for run in parked if run.step < max(other.step for other in parked)]
-            if behind:  # restored from checkpoints of different age: the younger ones catch up first
-                for run in behind:
-                    run.status = "waiting"
-                self._waiting.extend(behind)
-                continue
-            self._told.add(token)
-            name = self._engine_name or self._need_engine().name
-            reports.append(report_of(token, runs, self.family, self.program, name))
+        reports, behind = self._telling.complete(self._runs, lambda: self._engine_name or self._need_engine().name)
+        for run in behind:
+            run.status = "waiting"
+        self._waiting.extend(behind)
         return reports

@@ -66,6 +66,7 @@ class ConfigTrial(tune.Trainable):
             config_key=config["config_key"],
             runs=runs,
             reports=tuple(epoch for epoch in config["reports"] if epoch > after),
+            stops=self._settings["scheduler"] != "none",
             covariates=self._settings["covariates"],
             parent={int(seed): (key, epoch) for seed, (key, epoch) in config["parent"].items()},
         )
