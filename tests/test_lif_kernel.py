@@ -108,12 +108,12 @@ def test_kernel_equals_loop_in_the_interpreter():
 
 
 def test_choice_of_implementation_is_explicit(monkeypatch):
-    monkeypatch.setenv("LANEWISE_LIF", "loop")
+    monkeypatch.setenv("LANEWISE_SNN_KERNELS", "off")
     assert neurons.gpu_kernel("lif_kernel") is None
-    monkeypatch.setenv("LANEWISE_LIF", "fast")
-    with pytest.raises(BadValue, match="should be kernel or loop"):
+    monkeypatch.setenv("LANEWISE_SNN_KERNELS", "fast")
+    with pytest.raises(BadValue, match="should be on or off"):
         neurons.gpu_kernel("lif_kernel")
-    monkeypatch.delenv("LANEWISE_LIF")
+    monkeypatch.delenv("LANEWISE_SNN_KERNELS")
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "trainables.snn_delays.lif_kernel", raising=False)
     with pytest.raises(BadValue, match="need triton"):
@@ -154,7 +154,7 @@ class TestOnGpu:
             return torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(x, keep, alpha)
 
         by_kernel = torch.compile(gradients)(x, keep, alpha) if compiled else gradients(x, keep, alpha)
-        monkeypatch.setenv("LANEWISE_LIF", "loop")
+        monkeypatch.setenv("LANEWISE_SNN_KERNELS", "off")
         for found, expected in zip(by_kernel, gradients(x, keep, alpha), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 

@@ -12,7 +12,7 @@ and backward ds/dh = (alpha/2) / (1 + (pi/2 * alpha * (h - 1))^2), `surrogate.AT
 Only this recurrence runs along time, so it is two operators of its own, `lanewise::lif_forward` and
 `lanewise::lif_backward`, over all lanes at once: opaque to torch.compile (which would otherwise unroll every time
 step). On a CPU they are loops over time; on a GPU each is one Triton kernel (`.lif_kernel`). The environment variable
-LANEWISE_LIF=loop takes the loops there too, and convolutions for `.delay_ops`; nothing else does.
+LANEWISE_SNN_KERNELS=off takes the loops there too, and convolutions for `.delay_ops`; nothing else does.
 
 Batch normalisation's scale and shift are applied on the way in: what is read and kept for the gradient is then the
 product before it, in bf16 where the program computes in bf16.
@@ -106,18 +106,18 @@ def _(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
 
 
 def gpu_kernel(module: str) -> ModuleType | None:
-    """This module of GPU kernels, or None where LANEWISE_LIF=loop asks for plain PyTorch. Raises `BadValue`."""
-    chosen = os.environ.get("LANEWISE_LIF", "kernel")
-    if chosen == "loop":
+    """This module of GPU kernels, or None where LANEWISE_SNN_KERNELS=off asks for plain PyTorch. Raises `BadValue`."""
+    chosen = os.environ.get("LANEWISE_SNN_KERNELS", "on")
+    if chosen == "off":
         return None
-    if chosen != "kernel":
-        raise BadValue(f"LANEWISE_LIF={chosen} should be kernel or loop")
+    if chosen != "on":
+        raise BadValue(f"LANEWISE_SNN_KERNELS={chosen} should be on or off")
     try:
         from trainables.snn_delays import delay_kernel, lif_kernel
     except ImportError as error:
         raise BadValue(
             f"spiking neurons on a GPU need triton, which is not installed here ({error}): install it, or set "
-            "LANEWISE_LIF=loop to step through time in Python, which is many times slower"
+            "LANEWISE_SNN_KERNELS=off to step through time in Python, which is many times slower"
         ) from error
     return {"lif_kernel": lif_kernel, "delay_kernel": delay_kernel}[module]
 
