@@ -46,6 +46,32 @@ def test_asha_s_reports_fall_on_or_after_their_rungs(epochs):
     assert progress_at(plan, epochs, epochs) == plan.length
 
 
+@pytest.mark.parametrize("moved_after", [0, 1, 2])
+def test_asha_counts_a_config_once_although_it_goes_on_under_another_trial(moved_after):
+    """As after a resume: the second config is heard of under one id up to some report, and under another from there."""
+    plan = plan_with(epochs=27)
+    curves = [[0.74, 0.39, 0.34], [0.38, 0.387, 0.35], [0.371, 0.351, 0.34], [0.3875]]
+
+    def decisions(moved: int | None) -> list[str]:
+        scheduler, found = make_scheduler(plan), []
+        for number, losses in enumerate(curves):
+            trial = SimpleNamespace(trial_id=f"t{number}", config={})
+            scheduler.on_trial_add(None, trial)
+            for rung, loss in enumerate(losses):
+                if number == 1 and rung == moved:
+                    past, trial = trial, SimpleNamespace(trial_id="t1again", config={})
+                    scheduler.adopt(trial.trial_id, past, None)
+                    scheduler.on_trial_add(None, trial)
+                told = {"progress": float(3**rung), "test_loss": loss}
+                found.append(scheduler.on_trial_result(None, trial, told))
+            scheduler.on_trial_complete(None, trial, {**told, "stop_reason": "stopped"})
+        return found
+
+    undisturbed = decisions(None)
+    assert undisturbed[6] == "CONTINUE", "the third config is the best so far at the first rung"
+    assert decisions(moved_after) == undisturbed
+
+
 @pytest.mark.parametrize(("tasks", "per_task"), [(1, 7), (3, 2), (9, 1), (10, 4), (500, 2)])
 def test_reports_of_a_continual_stream_wait_for_the_end_of_a_task(tasks, per_task):
     plan = plan_with()

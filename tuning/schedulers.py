@@ -81,6 +81,14 @@ def searched(trial: Any) -> bool:
 class Asha(Decided, ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020), Ray's stopping variant."""
 
+    def adopt(self, trial_id: str, past: Any, result: Mapping[str, Any] | None) -> None:
+        """Rungs know configs by trial id: under a new one it would be recorded again, at every rung it has passed, with
+        what it reaches later."""
+        for bracket in self._brackets:
+            for _, recorded in bracket._rungs:
+                if past.trial_id in recorded:
+                    recorded[trial_id] = recorded.pop(past.trial_id)
+
 
 class Median(Decided, MedianStoppingRule):
     """Median stopping rule (Golovin et al. 2017)."""
