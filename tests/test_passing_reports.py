@@ -27,6 +27,12 @@ def finish(stack, most=300) -> list:
     raise AssertionError("not finished")
 
 
+def finish_with(stack, *jobs) -> list:
+    for each in jobs:
+        stack.attach(each)
+    return finish(stack)
+
+
 @pytest.mark.parametrize("engine", [SerialEngine, StackedEngine], ids=["serial", "stacked"])
 def test_they_report_what_those_report_that_stop(make, engine):
     stopping, passing = Memory(), Memory()
@@ -39,12 +45,6 @@ def test_they_report_what_those_report_that_stop(make, engine):
             assert replace(seed, device_seconds=0.0) == replace(other, device_seconds=0.0)
             assert seed.device_seconds > 0
     assert passing.step_rows == stopping.step_rows
-
-
-def finish_with(stack, *jobs) -> list:
-    for each in jobs:
-        stack.attach(each)
-    return finish(stack)
 
 
 def test_they_keep_their_lanes(make):
@@ -118,32 +118,36 @@ def test_a_seed_that_diverged_is_told_with_the_others_next_report(make):
     ]
 
 
-def test_continued_at_a_report_it_is_made_again_and_one_before_is_not(make):
+def reported_twice(make) -> Shelf:
+    """The checkpoints of a config that was heard of after its first and its third epoch."""
     shelf = Shelf()
     first = make(shelf=shelf)
     first.attach(free())
     while not any(report.epoch == 3 for report in first.tick()):
         pass
     first.writer.settle()
-    for saved in shelf.saved.values():  # as if it had been lost right after its second report
-        for step in [step for step in saved if step > 3 * PER_EPOCH]:
-            del saved[step]
+    return shelf
+
+
+def forget(shelf: Shelf, key: str, after: int) -> None:
+    """A run's checkpoints of later epochs."""
+    for step in [step for step in shelf.saved[key] if step > after * PER_EPOCH]:
+        del shelf.saved[key][step]
+
+
+def test_continued_at_a_report_it_is_made_again_and_one_before_is_not(make):
+    shelf = reported_twice(make)
+    for key in shelf.saved:  # as if it had been lost right after its second report
+        forget(shelf, key, after=3)
     again = finish_with(make(shelf=shelf), free())
     assert [(r.epoch, r.done) for r in again] == [(3, False), (9, True)]
 
 
 def test_seeds_continued_at_different_steps_report_together(make):
-    shelf = Shelf()
-    first = make(shelf=shelf)
-    first.attach(free())
-    while not any(report.epoch == 3 for report in first.tick()):
-        pass
-    first.writer.settle()
+    shelf = reported_twice(make)
     keys = list(free().runs.values())
-    for step in [step for step in shelf.saved[keys[0]] if step > PER_EPOCH]:
-        del shelf.saved[keys[0]][step]
-    for step in [step for step in shelf.saved[keys[1]] if step > 3 * PER_EPOCH]:
-        del shelf.saved[keys[1]][step]
+    forget(shelf, keys[0], after=1)
+    forget(shelf, keys[1], after=3)
     again = finish_with(make(shelf=shelf), free())
     # of the first epoch's report one seed knows nothing any more; the second is whole
     assert [(r.epoch, [s.epoch for s in r.seeds.values()]) for r in again] == [(3, [3, 3]), (9, [9, 9])]
