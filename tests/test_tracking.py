@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from tests.test_command_line import plan_of
 from tests.toy_sweeps import ROOT
 from trainables.family import BadValue
 from tuning.journal import Journal
+from tuning.outbox import LIVE_SECONDS, Outbox
 from tuning.runner import write_sweep_json
 from tuning.searchers import Proposer, make_source
 from tuning.tracking import Tracker
@@ -312,3 +314,51 @@ def test_a_sweep_that_does_not_exist_is_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+# --- what can wait ---
+
+
+def test_news_of_a_run_that_goes_on_waits_and_is_not_forgotten(undisturbed, uri, tmp_path):
+    """Half a sweep is delivered, its recorder dies, another delivers the rest: each run's news in one call, and none is
+    lost that the first one held back."""
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    journal, there = folder / "journal.jsonl", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    lines = journal.read_text().splitlines(keepends=True)
+    kinds = [json.loads(line)["event"] for line in lines]
+    journal.write_text("".join(lines[: kinds.index("proposed", kinds.index("end")) + 1]))
+    Tracker(folder).deliver(patient=True)
+    tree = tree_of(there)
+    ended = [run for run in tree["run"] if run.info.status == "FINISHED"]
+    going = [run for run in tree["run"] if run.info.status == "RUNNING"]
+    assert ended
+    assert going
+    assert all(run.data.params and run.data.metrics for run in ended)
+    assert not any(run.data.params or run.data.metrics for run in going)
+    journal.write_text("".join(lines))
+    tuning.sync.deliver(folder)
+    mine, other = (
+        {run.data.tags["run_key"]: (run.data.params, run.data.metrics) for run in tree_of(u)["run"]}
+        for u in (there, uri)
+    )
+    assert mine == other
+    assert points(there) == points(uri)
+    assert json.loads((folder / "tracking.json").read_text())["held"] == []
+
+
+def test_old_news_is_sent_of_runs_that_go_on_too():
+    now = [0.0]
+    outbox = Outbox(clock=lambda: now[0])
+    outbox.metrics(("run", "a"), {"loss": 1.0, "broken": math.nan}, 5, 1)
+    outbox.metrics(("run", "b"), {"loss": 1.0}, 5, 1)
+    outbox.status(("run", "b"), "FINISHED", 6)
+    assert outbox.due(patient=False) == [("run", "a"), ("run", "b")]
+    assert outbox.due(patient=True) == [("run", "b")]
+    now[0] = LIVE_SECONDS
+    outbox.metrics(("run", "a"), {"loss": 0.5}, 7, 2)
+    outbox.tags(("run", "c"), [("stop_reason", "")])
+    assert outbox.due(patient=True) == [("run", "a"), ("run", "b")]
+    outbox.drop([("run", "a"), ("run", "b")])
+    kept = Outbox(json.loads(json.dumps(outbox.held())))
+    assert kept.due(patient=False) == [("run", "c")]
+    assert kept.held() == json.loads(json.dumps(outbox.held()))

@@ -94,7 +94,7 @@ def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = Non
             if look:
                 look()
             tracker = tracker or Tracker(folder)
-            sent += tracker.deliver()
+            sent += tracker.deliver(patient=not over)
             away_since = 0.0
             if over:
                 tracker.artifacts()

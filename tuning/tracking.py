@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from tuning.aggregates import config_values, cost_tags, pareto_front, result, su
 from tuning.journal import Event, read
 from tuning.mlflow_page import page_tags
 from tuning.objectives import COSTS, searched, value
+from tuning.outbox import Outbox, Which, set_status
 from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
 from tuning.secrets import tracking_uri
@@ -65,6 +66,7 @@ class Tracker:
 
         self._folder = folder
         self._plain = load_plain(folder)
+        self._sweep: Which = "sweep", self._plain["name"]
         uri = tracking_uri(folder, self._plain)
         self._client = MlflowClient(uri)
         # a server answers several at once; one SQLite file takes one after the other
@@ -81,8 +83,7 @@ class Tracker:
                 self._state.pop("sending", None)
         self._table = RunTable(self._plain)
         self._runs: TrackedRuns | None = None
-        self._pending: dict[str, dict[str, list]] = defaultdict(lambda: {"metrics": [], "params": [], "tags": []})
-        self._status: dict[str, tuple[str, int]] = {}
+        self._outbox = Outbox(self._state.get("held", ()))
         self._seeds: dict[str, frozenset[str]] = {}  # config -> its runs, as first proposed
         self._waiting: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}  # (config, epoch) -> run -> its row
         self._confirm: Event | None = None
@@ -124,51 +125,56 @@ class Tracker:
             if row["run_key"] in self._table.rows and self._shown(row):
                 self._gather(row)
 
-    def deliver(self) -> int:
-        """Send what is new on disk. Returns the number of events and points sent; raises when the server is away."""
+    def deliver(self, patient: bool = False) -> int:
+        """Send what is new on disk. Returns the number of events and points sent; raises when the server is away.
+
+        Args:
+            patient: what is new of runs that go on may wait until it is worth a call (`tuning.outbox`).
+        """
         if self._runs is None:
             self.connect()
         sent = 0
-        while batch := self._state.get("sending") or self._next_batch():
-            for event, after in read(self._folder / "journal.jsonl", self._state["offset"]):
-                if after > batch["offset"]:
-                    break
-                self._table.apply(event)
-                self._note_runs(event)
-                self._event(event)
-                self._note_finish(event)
-                sent += 1
-            logged = self._points(batch["parts"])
-            if "sending" not in self._state:
-                self._state["sending"] = batch
-                self._save()
-            runs = list(dict.fromkeys([*self._pending, *self._status]))
-            sent += sum(len(content["metrics"]) for content in self._pending.values())
-            with ThreadPoolExecutor(self._at_once) as senders:
-                for _ in senders.map(self._send, runs):  # raises what one of them raised
-                    pass
-            self._pending.clear()
-            self._status.clear()
-            self._state["offset"] = batch["offset"]
-            self._state["parts"].update(batch["parts"])
-            self._state["logged"].update(logged)
-            del self._state["sending"]
+        while True:
+            batch = self._state.get("sending") or self._next_batch()
+            if batch is None and not self._outbox.due(patient):
+                return sent
+            logged: dict[str, int] = {}
+            if batch is not None:
+                sent += self._take_events(batch["offset"])
+                logged = self._points(batch["parts"])
+                if "sending" not in self._state:
+                    self._state["sending"] = batch
+                    self._save()
+            sent += self._send(self._outbox.due(patient))
+            if batch is not None:
+                self._state["offset"] = batch["offset"]
+                self._state["parts"].update(batch["parts"])
+                self._state["logged"].update(logged)
+                del self._state["sending"]
+            self._state["held"] = self._outbox.held()
             self._save()
-        return sent
 
-    def _send(self, run_id: str) -> None:
-        """One run's points, params, tags and status."""
-        from mlflow.entities import Metric, Param, RunTag
+    def _take_events(self, offset: int) -> int:
+        """The journal's events up to there. Returns how many."""
+        taken = 0
+        for event, after in read(self._folder / "journal.jsonl", self._state["offset"]):
+            if after > offset:
+                break
+            self._table.apply(event)
+            self._note_runs(event)
+            self._event(event)
+            self._note_finish(event)
+            taken += 1
+        return taken
 
-        content = self._pending.get(run_id, {"metrics": [], "params": [], "tags": []})
-        metrics = [Metric(*entry) for entry in content["metrics"]]
-        # a config that was proposed again has its params twice: MLflow takes each name once a call
-        params = [Param(key, str(value)[:6000]) for key, value in dict(content["params"]).items()]
-        tags = [RunTag(key, str(value)[:8000]) for key, value in dict(content["tags"]).items()]
-        for metric_part, param_part, tag_part in _batches(metrics, params, tags):
-            self._client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
-        if run_id in self._status:
-            self._set_status(run_id, *self._status[run_id])
+    def _send(self, runs: list[Which]) -> int:
+        """Send what there is of these runs. Returns the number of points."""
+        points = self._outbox.points(runs)
+        with ThreadPoolExecutor(self._at_once) as senders:
+            for _ in senders.map(lambda which: self._outbox.send(self._client, which, self._id(*which)), runs):
+                pass  # raises what one of them raised
+        self._outbox.drop(runs)
+        return points
 
     def _next_batch(self) -> dict[str, Any] | None:
         """What has come since the last one: an offset into the journal, and writer -> number of its newest part."""
@@ -204,19 +210,12 @@ class Tracker:
             ):
                 if reason in STATUS and status.get(which) == "RUNNING":
                     ended = row.get("ended_at")
-                    self._set_status(
-                        self._runs[which], STATUS[reason], int(ended.timestamp() * 1000) if ended else None
-                    )
-
-    def _set_status(self, run_id: str, status: str, at: int | None) -> None:
-        if status == "RUNNING":
-            self._client.update_run(run_id, status="RUNNING")
-        else:
-            self._client.set_terminated(run_id, status, at)
+                    at = int(ended.timestamp() * 1000) if ended else None
+                    set_status(self._client, self._runs[which], STATUS[reason], at)
 
     def artifacts(self) -> None:
         """The command and space, the runs table, the curves and the report, on the sweep's run."""
-        run = self._id("sweep", self._plain["name"])
+        run = self._id(*self._sweep)
         for name in ("sweep.json", "runs.parquet"):
             if (self._folder / name).is_file():
                 self._client.log_artifact(run, str(self._folder / name))
@@ -247,12 +246,12 @@ class Tracker:
         plain = self._plain
         started = int(datetime.fromisoformat(plain["started_at"]).timestamp() * 1000)
         assert self._runs is not None
-        run = self._runs.need("sweep", plain["name"], plain["name"], started, {"mlflow.note.content": plain["doc"]})
+        self._runs.need("sweep", plain["name"], plain["name"], started, {"mlflow.note.content": plain["doc"]})
         if not self._state["offset"]:
             shown = ("sweep", "searcher", "seeds", "seed", "trials", "metric", "engine", "lanes")
             params = {name: plain[name] for name in shown} | {"scheduler": plain["scheduler"]["name"]}
             params["metric"] = ",".join([plain["metric"], *plain.get("others", ())])
-            self._pending[run]["params"] += params.items()
+            self._outbox.params(self._sweep, params.items())
 
     # --- events ---
 
@@ -270,22 +269,22 @@ class Tracker:
         at = int(datetime.fromisoformat(event["time"]).timestamp() * 1000)
         kind = event["event"]
         if kind == "begin":
-            self._status[self._id("sweep", self._plain["name"])] = ("RUNNING", at)
+            self._outbox.status(self._sweep, "RUNNING", at)
         elif kind == "proposed":
             self._propose(event, at)
         elif kind == "resumed":
             for key in [*self._table.runs_of[event["trial"]]]:
-                self._status[self._id("run", key)] = ("RUNNING", at)
-            self._status[self._id("config", event["config_key"])] = ("RUNNING", at)
+                self._outbox.status(("run", key), "RUNNING", at)
+            self._outbox.status(("config", event["config_key"]), "RUNNING", at)
         elif kind == "report":
             self._report(event, at)
         elif kind == "confirm":
             tags = {"confirm": ", ".join(entry["label"] for entry in event["chosen"]) or "no config ran to its end"}
-            self._pending[self._id("sweep", self._plain["name"])]["tags"] += tags.items()
+            self._outbox.tags(self._sweep, tags.items())
         elif kind == "race":
             alive = ", ".join(entry["label"] for entry in event["alive"])
             tags = {"race": event["verdict"] or "going on", "race_left": alive}
-            self._pending[self._id("sweep", self._plain["name"])]["tags"] += tags.items()
+            self._outbox.tags(self._sweep, tags.items())
         elif kind == "end":
             self._end(event, at)
         elif kind == "finish":
@@ -295,16 +294,16 @@ class Tracker:
         arms = {name: value for name, value in event["point"].items() if "." not in name}
         params = {**arms, **event["program"], **event["hyper"]}
         assert self._runs is not None
-        parent = {"mlflow.parentRunId": self._id("sweep", self._plain["name"])}
+        parent = {"mlflow.parentRunId": self._id(*self._sweep)}
         tags = {"algorithm": event["algorithm"], "config_key": event["config_key"]}
         config = self._runs.need("config", event["config_key"], event["label"], at, {**parent, **tags})
-        self._pending[config]["params"] += params.items()
+        self._outbox.params(("config", event["config_key"]), params.items())
         tags["mlflow.parentRunId"] = config
         for seed, key in event["runs"].items():
             phase = event.get("phase", "search")
             name = f"{'confirm ' if phase == 'confirm' else ''}seed {seed} · {event['label']}"
-            run = self._runs.need("run", key, name, at, {**tags, "phase": phase, "run_key": key, "seed": str(seed)})
-            self._pending[run]["params"] += [*params.items(), ("seed", seed)]
+            self._runs.need("run", key, name, at, {**tags, "phase": phase, "run_key": key, "seed": str(seed)})
+            self._outbox.params(("run", key), [*params.items(), ("seed", seed)])
 
     def _report(self, event: Event, at: int) -> None:
         """The config's own curve: of the seeds it was proposed with, and beside it of those it is confirmed on."""
@@ -312,34 +311,32 @@ class Tracker:
         metric = self._plain["metric"]
         name = {"search": metric, "confirm": f"confirm/{metric}"}.get(phase)
         if name:
-            run = self._id("config", event["config_key"])
-            self._metrics(run, {name: event["values"].get(metric)}, at, event["epoch"])
+            values = {name: event["values"].get(metric)}
+            self._outbox.metrics(("config", event["config_key"]), values, at, event["epoch"])
 
     def _end(self, event: Event, at: int) -> None:
         keys = self._table.runs_of.get(event["trial"], [])
         rows = [self._table.rows[key] for key in keys]
         for key, row in zip(keys, rows, strict=True):
-            run = self._id("run", key)
-            self._pending[run]["tags"] += cost_tags(row, row["stop_reason"])
+            self._outbox.tags(("run", key), cost_tags(row, row["stop_reason"]))
             spent = {"device_seconds": row["device_seconds"], "epochs": row["epoch"]}  # tags do not sort as numbers
-            self._metrics(run, {**summary(row), **spent}, at, row["epoch"])
-            self._status[run] = (STATUS.get(row["stop_reason"], "KILLED"), at)
+            self._outbox.metrics(("run", key), {**summary(row), **spent}, at, row["epoch"])
+            self._outbox.status(("run", key), STATUS.get(row["stop_reason"], "KILLED"), at)
         self._describe_config(event["config_key"], event["stop_reason"], at)
 
     def _describe_config(self, config_key: str, reason: str, at: int) -> None:
         """Mean, spread and number of seeds of everything the config's runs ended with."""
         rows = self._table.of_config[config_key]
-        run = self._id("config", config_key)
+        config = "config", config_key
         costs = [name for name in self._plain.get("others", ()) if name in COSTS]
         values = config_values(rows, {*costs, "device_seconds"})
         values["epochs"] = float(min(row["epoch"] for row in rows))
         total = {**rows[0], "device_seconds": sum(row["device_seconds"] for row in rows)}
-        self._metrics(run, values, at, max(row["epoch"] for row in rows))
-        self._pending[run]["tags"] += cost_tags(total, reason)
-        self._status[run] = (STATUS.get(reason, "KILLED"), at)
+        self._outbox.metrics(config, values, at, max(row["epoch"] for row in rows))
+        self._outbox.tags(config, cost_tags(total, reason))
+        self._outbox.status(config, STATUS.get(reason, "KILLED"), at)
 
     def _finish(self, event: Event, at: int) -> None:
-        sweep = self._id("sweep", self._plain["name"])
         metric, mode = self._plain["metric"], self._plain["mode"]
         rows = list(self._table.rows.values())
         finals: dict[str, list[float]] = defaultdict(list)
@@ -348,31 +345,26 @@ class Tracker:
                 finals[row["config_key"]].append(number)
         means = [math.fsum(numbers) / len(numbers) for numbers in finals.values()]
         if means:  # a config's mean: the best of all runs would be the luckiest seed
-            self._metrics(sweep, {f"best/{metric}": max(means) if mode == "max" else min(means)}, at, 0)
+            self._outbox.metrics(self._sweep, {f"best/{metric}": max(means) if mode == "max" else min(means)}, at, 0)
         metrics, tags = result(rows, self._confirm, self._plain)
-        self._metrics(sweep, metrics, at, 0)
-        self._pending[sweep]["tags"] += tags.items()
-        self._show_front(sweep, pareto_front(rows, self._plain))
+        self._outbox.metrics(self._sweep, metrics, at, 0)
+        self._outbox.tags(self._sweep, tags.items())
+        self._show_front(pareto_front(rows, self._plain))
         for row in rows:
             if row["stop_reason"] == "cancelled":
-                for run in (self._id("run", row["run_key"]), self._id("config", row["config_key"])):
-                    self._pending[run]["tags"].append(("stop_reason", "cancelled"))
-                    self._status[run] = ("KILLED", at)
-        self._status[sweep] = ("FINISHED" if event["reason"] == "done" else "KILLED", at)
+                for which in (("run", row["run_key"]), ("config", row["config_key"])):
+                    self._outbox.tags(which, [("stop_reason", "cancelled")])
+                    self._outbox.status(which, "KILLED", at)
+        self._outbox.status(self._sweep, "FINISHED" if event["reason"] == "done" else "KILLED", at)
 
-    def _show_front(self, sweep: str, front: list[str] | None) -> None:
+    def _show_front(self, front: list[str] | None) -> None:
         """Of several objectives: which configs nothing beats in all of them."""
         if front is None:
             return
         labels = {row["config_key"]: row["label"] for row in self._table.rows.values()}
         for key in labels:
-            self._pending[self._id("config", key)]["tags"].append(("pareto", str(key in front).lower()))
-        self._pending[sweep]["tags"].append(("pareto_front", "; ".join(labels[key] for key in front)))
-
-    def _metrics(self, run: str, values: Mapping[str, float | None] | Mapping[str, float], at: int, step: int) -> None:
-        for name, number in values.items():
-            if number is not None and math.isfinite(number):
-                self._pending[run]["metrics"].append((name, float(number), at, int(step)))
+            self._outbox.tags(("config", key), [("pareto", str(key in front).lower())])
+        self._outbox.tags(self._sweep, [("pareto_front", "; ".join(labels[key] for key in front))])
 
     # --- curves ---
 
@@ -415,7 +407,7 @@ class Tracker:
         if epoch <= logged.get(key, self._state["logged"].get(key, 0)) or not self._shown(row):
             return
         values = {name: row[name] for name in self._plain["metrics"] if row.get(name) is not None}
-        self._metrics(self._id("run", key), values, _milliseconds(row), epoch)
+        self._outbox.metrics(("run", key), values, _milliseconds(row), epoch)
         logged[key] = epoch
         whole = self._gather(row)
         # the objective's own curve is of the config's reports, which it was judged by
@@ -423,8 +415,7 @@ class Tracker:
         names = [name for name in others if whole and all(r.get(name) is not None for r in whole)]
         means = {name: math.fsum(r[name] for r in whole) / len(whole) for name in names}
         if means:
-            run = self._id("config", row["config_key"])
-            self._metrics(run, means, max(map(_milliseconds, whole)), epoch)
+            self._outbox.metrics(("config", row["config_key"]), means, max(map(_milliseconds, whole)), epoch)
 
     def _gather(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of all seeds of the config at this epoch, once the last of them is here; until then none."""
@@ -445,10 +436,3 @@ class Tracker:
 
 def _milliseconds(row: Mapping[str, Any]) -> int:
     return int(row["time"].timestamp() * 1000)
-
-
-def _batches(metrics: list, params: list, tags: list) -> Iterable[tuple[list, list, list]]:
-    """MLflow's limits: 1000 metrics, 100 params, 100 tags and 1000 entities together, a call."""
-    while metrics or params or tags:
-        yield metrics[:700], params[:100], tags[:100]
-        metrics, params, tags = metrics[700:], params[100:], tags[100:]
