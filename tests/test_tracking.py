@@ -361,4 +361,4 @@ def test_old_news_is_sent_of_runs_that_go_on_too():
     outbox.drop([("run", "a"), ("run", "b")])
     kept = Outbox(json.loads(json.dumps(outbox.held())))
     assert kept.due(patient=False) == [("run", "c")]
-    assert kept.held() == json.loads(json.dumps(outbox.held()))
+    assert kept.held() == outbox.held()
