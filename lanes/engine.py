@@ -240,7 +240,7 @@ class Engine(ABC):
     def _first_state(self, hypers: Hypers, seed: int) -> State:
         """What the family starts a lane with."""
         init = lambda hypers, seed: self.family.init(self.program, hypers, seed)
-        number = counter(seed, self.device)
+        number = send(counter(seed), self.device)
         if self._graphed_init is None and self.in_graphs:
             try:
                 self._graphed_init = GraphedInit(init, hypers, number)

@@ -74,7 +74,8 @@ class StackedEngine(Engine):
             self._slots[slot] = lane.key
             copy_into(tree_map(lambda stack: stack[slot], self._states), state)
             copy_into(tree_map(lambda stack: stack[slot], self._hypers), dict(hyper))
-        self._position[self._slots.index(lane.key)] = lane.step % self.schedule.steps_per_epoch
+        # fill_ is a kernel; assigning a number copies it from the host, which then waits for the chunk under way
+        self._position[self._slots.index(lane.key)].fill_(lane.step % self.schedule.steps_per_epoch)
 
     def _drop(self, keys: Sequence[str]) -> None:
         for key in keys:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,31 +58,48 @@ class Parcel:
 
     def __init__(self, state: State):
         self._state = state
-        self._done: torch.cuda.Event | None = None
-        self._flat: dict[torch.dtype, Tensor] = {}
+        self._flat: Future[dict[torch.dtype, Tensor]] | None = None
         parts: dict[torch.dtype, list[Tensor]] = {}
         for tensor in leaves(state):
             if tensor.is_cuda:
                 parts.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
-        for dtype, some in parts.items():
-            flat = torch.cat(some)
-            self._flat[dtype] = torch.empty(flat.shape, dtype=dtype, pin_memory=True).copy_(flat, non_blocking=True)
         if parts:
-            self._done = torch.cuda.Event()
-            self._done.record()
+            flat = {dtype: torch.cat(some) for dtype, some in parts.items()}
+            made = torch.cuda.Event()
+            made.record()
+            self._flat = _carrier().submit(_carry, flat, made)
 
     def wait(self) -> State:
         """The state on the host, once it is there."""
-        if self._done is None:
+        if self._flat is None:
             return self._state
-        self._done.synchronize()
-        read = dict.fromkeys(self._flat, 0)
+        flat = self._flat.result()
+        read = dict.fromkeys(flat, 0)
 
         def unpacked(tensor: Tensor) -> Tensor:
             if not tensor.is_cuda:
                 return tensor
             begun = read[tensor.dtype]
             read[tensor.dtype] += tensor.numel()
-            return self._flat[tensor.dtype][begun : read[tensor.dtype]].view(tensor.shape)
+            return flat[tensor.dtype][begun : read[tensor.dtype]].view(tensor.shape)
 
         return tree_map(unpacked, self._state)
+
+
+def _carry(flat: dict[torch.dtype, Tensor], made: torch.cuda.Event) -> dict[torch.dtype, Tensor]:
+    """Copies on the host. Into ordinary memory: pinning some for each state holds the device up for milliseconds."""
+    device = next(iter(flat.values())).device
+    with torch.cuda.stream(_carrying_stream(device.index)):
+        torch.cuda.current_stream().wait_event(made)
+        return {dtype: tensor.cpu() for dtype, tensor in flat.items()}
+
+
+@cache
+def _carrier() -> ThreadPoolExecutor:
+    """Waits for copies, so that whoever trains need not."""
+    return ThreadPoolExecutor(1, "carrier")
+
+
+@cache
+def _carrying_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

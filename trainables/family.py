@@ -251,7 +251,9 @@ def hyper_tensors(program: Any, hyper: Any, device: torch.device | str) -> dict[
 
     names = [field.name for field in dataclasses.fields(hyper)]
     values = torch.tensor([getattr(hyper, name) for name in names], dtype=dtype_of(program))
-    return dict(zip(names, values.to(device).unbind(), strict=True))  # one copy to a GPU, not one each
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()  # nobody waits for the copy
+    return dict(zip(names, values.to(device, non_blocking=True).unbind(), strict=True))  # one copy, not one each
 
 
 def load_family(name: str) -> Family:
