@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from lanes.writer import Checkpoints, Recorder
 
 log = logging.getLogger(__name__)
+SWITCH_SECONDS = 0.0005
+"""How long a thread of a host's may keep Python to itself: at the usual 5 ms, the one that feeds the device waits for
+the one that writes files, call after call."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,7 @@ class HostActor:
         handler = logging.FileHandler(settings.make_log(label))
         handler.setFormatter(settings.make_formatter(f"%(asctime)s {label} %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+        sys.setswitchinterval(SWITCH_SECONDS)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; programs that want less say bf16
         if threads is not None:
             torch.set_num_threads(threads)

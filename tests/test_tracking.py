@@ -362,3 +362,17 @@ def test_old_news_is_sent_of_runs_that_go_on_too():
     kept = Outbox(json.loads(json.dumps(outbox.held())))
     assert kept.due(patient=False) == [("run", "c")]
     assert kept.held() == outbox.held()
+
+
+def test_curves_of_many_runs_have_fewer_points(undisturbed, uri, tmp_path, monkeypatch):
+    """And the same ones whoever delivers, the last among them."""
+    monkeypatch.setattr("tuning.tracking.SWEEP_POINTS", 24)
+    monkeypatch.setattr("tuning.tracking.FEWEST_POINTS", 2)
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    tuning.sync.deliver(folder)
+    thin, full = points(f"sqlite:///{tmp_path / 'mlflow.db'}"), points(uri)
+    plain = json.loads((folder / "sweep.json").read_text())
+    epochs = plain["schedule"]["epochs"]
+    stride = -(-epochs // max(2, 24 // (plain["trials"] * plain["seeds"])))
+    assert stride > 1
+    assert thin == sorted([p for p in curve if p[0] % stride == 0 or p[0] == epochs] for curve in full)

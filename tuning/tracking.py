@@ -32,7 +32,11 @@ from tuning.runs import RunTable, load_plain
 from tuning.secrets import tracking_uri
 from tuning.tracked_runs import TrackedRuns
 
-CURVE_POINTS = 1000
+CURVE_POINTS, FEWEST_POINTS = 1000, 20
+"""Epochs that a curve has at most, and those it has however many runs there are."""
+SWEEP_POINTS = 50_000
+"""Epochs that the curves of all runs have together, about: MLflow takes some 0.05 ms of a processor for each number of
+each, and draws slowly what has many. Every epoch is in the sweep's `epochs` files."""
 ATTEMPTS = 5
 """Times that part files are listed anew where one was merged while they were read."""
 SENDERS = 8
@@ -81,6 +85,8 @@ class Tracker:
             if isinstance(self._state["parts"], list):  # names of files, of an earlier version: points are known anyway
                 self._state["parts"] = {}
                 self._state.pop("sending", None)
+        runs = (self._plain["trials"] or 1) * self._plain["seeds"]
+        self._curve_points = max(FEWEST_POINTS, min(CURVE_POINTS, SWEEP_POINTS // runs))
         self._table = RunTable(self._plain)
         self._runs: TrackedRuns | None = None
         self._outbox = Outbox(self._state.get("held", ()))
@@ -369,7 +375,7 @@ class Tracker:
     # --- curves ---
 
     def _points(self, parts: dict[str, int]) -> dict[str, int]:
-        """Queue the points of part files, {writer: up to this number}; at most about CURVE_POINTS a curve, the last
+        """Queue the points of part files, {writer: up to this number}; some of them where they are many, the last
         always. Returns run key -> the last epoch queued.
 
         In the order in which they were recorded: an epoch that was trained again after a kill counts as it was first,
@@ -398,9 +404,9 @@ class Tracker:
         raise AssertionError
 
     def _shown(self, row: dict[str, Any]) -> bool:
-        """Whether a curve of about CURVE_POINTS points has this one."""
+        """Whether MLflow's curves have this epoch: the last one, and so many others, evenly."""
         total = self._table.rows[row["run_key"]]["epochs_total"]
-        return row["epoch"] % -(-total // CURVE_POINTS) == 0 or row["epoch"] == total
+        return row["epoch"] % -(-total // self._curve_points) == 0 or row["epoch"] == total
 
     def _point(self, row: dict[str, Any], logged: dict[str, int]) -> None:
         key, epoch = row["run_key"], row["epoch"]
