@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lanes.compiling import compile_lanes
-from lanes.engine import Engine, Lane, send, shapes_of, stack_metrics
+from lanes.engine import Engine, Placing, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
 from lanes.states import copy_into, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
@@ -60,15 +60,16 @@ class BranchedEngine(Engine):
         self._in_place = compile_lanes(self._step_in_place, self.device, small_kernels=True)
         self._compiled_evaluate = compile_lanes(self._evaluate_one, self.device)
 
-    def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
-        if self._free:
-            slot = self._free.pop()
-            copy_into(slot.state, state)
-            copy_into(slot.hyper, dict(hyper))
-        else:
-            slot = _Slot(state, hyper, self.device, self._streams[len(self._slots) % STREAMS])
-            self._slots.append(slot)
-        self._slot_of[lane.key] = slot
+    def _place(self, arrived: Sequence[Placing]) -> None:
+        for lane, state, hyper in arrived:
+            if self._free:
+                slot = self._free.pop()
+                copy_into(slot.state, state)
+                copy_into(slot.hyper, dict(hyper))
+            else:
+                slot = _Slot(state, hyper, self.device, self._streams[len(self._slots) % STREAMS])
+                self._slots.append(slot)
+            self._slot_of[lane.key] = slot
 
     def _drop(self, keys: Sequence[str]) -> None:
         self._free += [self._slot_of.pop(key) for key in keys]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lanes.graphs import GraphedInit
 from lanes.orders import Orders
-from lanes.states import copy_of, tree_map
+from lanes.states import Parcel, copy_of, tree_map
 from trainables.draws import counter
 from trainables.family import Arrays, Family, Hypers, State, hyper_tensors
 
@@ -118,6 +118,9 @@ class Lane:
     step: int = 0
 
 
+Placing = tuple[Lane, State, Hypers]
+
+
 class Engine(ABC):
     """Lanes of one program on one device.
 
@@ -158,8 +161,8 @@ class Engine(ABC):
     # --- what an engine implements ---
 
     @abstractmethod
-    def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
-        """Take a lane in."""
+    def _place(self, arrived: Sequence[Placing]) -> None:
+        """Take lanes in: each with a state of its own and its hypers, on the device."""
 
     @abstractmethod
     def _drop(self, keys: Sequence[str]) -> None:
@@ -188,6 +191,10 @@ class Engine(ABC):
     def state(self, key: str) -> State:
         """A copy of a lane's state."""
 
+    def parcels(self, keys: Sequence[str]) -> dict[str, Parcel]:
+        """Copies of lanes' states, which are also sent to the host."""
+        return {key: Parcel(self.state(key)) for key in keys}
+
     @abstractmethod
     def hypers(self, key: str) -> Hypers:
         """A lane's hypers as 0-d tensors."""
@@ -200,17 +207,17 @@ class Engine(ABC):
 
     def insert_all(self, arrivals: Sequence[Arrival]) -> None:
         """Start or continue several lanes."""
-        going = []
+        arrived = []
         for arrival in arrivals:
             if arrival.key in self.lanes:
                 raise ValueError(f"lane {arrival.key} is already here")
-            state, tensors = self._taken_in(arrival)
             lane = Lane(arrival.key, arrival.hyper, arrival.seed, arrival.step)
-            self._place(lane, state, tensors)
-            self.lanes[lane.key] = lane
-            if lane.step < self.schedule.steps:
-                going.append(lane)
-        self._refresh_orders(going)
+            arrived.append((lane, *self._taken_in(arrival)))
+        if not arrived:
+            return
+        self._place(arrived)
+        self.lanes |= {lane.key: lane for lane, _, _ in arrived}
+        self._refresh_orders([lane for lane, _, _ in arrived if lane.step < self.schedule.steps])
 
     def prepare(self, arrival: Arrival) -> None:
         """Work out now, beside the training under way, what inserting a lane will need. For engines that run ahead."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lanes.engine import Engine, Lane, send, stack_metrics
+from lanes.engine import Engine, Lane, Placing, send, stack_metrics
 from lanes.states import copy_of
 from trainables.family import Hypers, State
 
@@ -21,9 +21,10 @@ class SerialEngine(Engine):
         self._hypers: dict[str, Hypers] = {}
         self._rows: dict[str, Mapping[str, Tensor]] = {}
 
-    def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
-        self._states[lane.key] = state
-        self._hypers[lane.key] = hyper
+    def _place(self, arrived: Sequence[Placing]) -> None:
+        for lane, state, hyper in arrived:
+            self._states[lane.key] = state
+            self._hypers[lane.key] = hyper
 
     def _drop(self, keys: Sequence[str]) -> None:
         for key in keys:

@@ -308,24 +308,27 @@ class Stack:
         """Lanes that come to a report and do not stop send their states home."""
         engine = self._need_engine()
         reporting = [lane for lane in ended if self._passes_at(self._training[lane], engine.lanes[lane].step)]
-        return {lane: Parcel(engine.state(lane)) for lane in reporting}
+        return engine.parcels(reporting)
 
     def _take_out(self, ended: Sequence[str]) -> dict[str, Parcel | None]:
         """Lanes that stop at a report leave; what goes on afterwards takes its state along, and sends it home."""
         engine = self._need_engine()
-        left: dict[str, Parcel | None] = {}
-        for lane in ended:
-            run, step = self._training[lane], engine.lanes[lane].step
-            if not self._reports_at(run, step) or self._passes_at(run, step):
-                continue
-            left[lane] = None
-            if step < self.schedule.steps:
-                run.state = engine.state(lane)
-                left[lane] = Parcel(run.state)
-            del self._training[lane]
-        if left:
-            engine.remove(list(left))
-        return left
+        step = {lane: engine.lanes[lane].step for lane in ended}
+        leaving = [
+            lane
+            for lane in ended
+            if self._reports_at(self._training[lane], step[lane])
+            and not self._passes_at(self._training[lane], step[lane])
+        ]
+        if not leaving:
+            return {}
+        parcels = engine.parcels([lane for lane in leaving if step[lane] < self.schedule.steps])
+        for lane in leaving:
+            run = self._training.pop(lane)
+            if lane in parcels:
+                run.state = parcels[lane].state
+        engine.remove(leaving)
+        return {lane: parcels.get(lane) for lane in leaving}
 
     def _may_run_ahead(self) -> bool:
         """Whether the next chunk can be launched before the one under way is read."""

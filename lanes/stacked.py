@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.func import vmap
 
 from lanes.compiling import compile_lanes
-from lanes.engine import Engine, Lane, send, shapes_of, stack_metrics
+from lanes.engine import Engine, Lane, Placing, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
-from lanes.states import copy_into, copy_of, leaves, tree_map
+from lanes.states import Parcel, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
+
+TAKEN_TOGETHER = 8
+"""Lanes whose states leave in the same few launches; the memory of all is given back with the last of them."""
 
 
 class StackedEngine(Engine):
@@ -59,23 +62,39 @@ class StackedEngine(Engine):
 
     # --- lanes in and out ---
 
-    def _place(self, lane: Lane, state: State, hyper: Hypers) -> None:
+    def _place(self, arrived: Sequence[Placing]) -> None:
+        """A few launches for all of them: the device has one chunk to go on with meanwhile."""
         if not self._slots:
-            size = self._size_for(1)
-            self._slots = [lane.key] + [None] * (size - 1)
-            self._states = tree_map(lambda t: _repeat(t, size), state)
-            self._hypers = tree_map(lambda t: _repeat(t, size), dict(hyper))
-            self._position = torch.zeros(size, dtype=torch.int64, device=self.device)
-            self._rows, self._graphed, self._graphed_sums = {}, None, {}
-        else:
-            if None not in self._slots:
-                self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + 1))
-            slot = self._slots.index(None)
+            (lane, state, hyper), *arrived = arrived
+            self._begin(lane, state, hyper)
+        missing = len(arrived) - self.spare
+        if missing > 0:
+            self._resize(list(range(len(self._slots))), self._size_for(len(self._slots) + missing))
+        if not arrived:
+            return
+        free = [slot for slot, key in enumerate(self._slots) if key is None][: len(arrived)]
+        index = send(torch.tensor(free), self.device)
+
+        def put(stack: Tensor, *new: Tensor) -> None:
+            stack.index_copy_(0, index, torch.stack(new))
+
+        tree_map(put, self._states, *(state for _, state, _ in arrived))
+        tree_map(put, self._hypers, *(dict(hyper) for _, _, hyper in arrived))
+        places = torch.tensor([lane.step % self.schedule.steps_per_epoch for lane, _, _ in arrived])
+        self._position.index_copy_(0, index, send(places, self.device))
+        for slot, (lane, _, _) in zip(free, arrived, strict=True):
             self._slots[slot] = lane.key
-            copy_into(tree_map(lambda stack: stack[slot], self._states), state)
-            copy_into(tree_map(lambda stack: stack[slot], self._hypers), dict(hyper))
-        # fill_ is a kernel; assigning a number copies it from the host, which then waits for the chunk under way
-        self._position[self._slots.index(lane.key)].fill_(lane.step % self.schedule.steps_per_epoch)
+
+    def _begin(self, lane: Lane, state: State, hyper: Hypers) -> None:
+        """A stack of a first lane."""
+        size = self._size_for(1)
+        self._slots = [lane.key] + [None] * (size - 1)
+        self._states = tree_map(lambda t: _repeat(t, size), state)
+        self._hypers = tree_map(lambda t: _repeat(t, size), dict(hyper))
+        # filled by a kernel: assigning a number copies it from the host, which then waits for the chunk under way
+        self._position = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self._position[0].fill_(lane.step % self.schedule.steps_per_epoch)
+        self._rows, self._graphed, self._graphed_sums = {}, None, {}
 
     def _drop(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -205,11 +224,19 @@ class StackedEngine(Engine):
         return {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}, columns
 
     def _index(self, keys: Sequence[str]) -> Tensor:
-        return torch.tensor([self._slots.index(key) for key in keys], device=self.device)
+        return send(torch.tensor([self._slots.index(key) for key in keys]), self.device)
 
     def state(self, key: str) -> State:
         slot = self._slots.index(key)
         return copy_of(tree_map(lambda stack: stack[slot], self._states))
+
+    def parcels(self, keys: Sequence[str]) -> dict[str, Parcel]:
+        parcels: list[Parcel] = []
+        for begun in range(0, len(keys), TAKEN_TOGETHER):
+            index = self._index(keys[begun : begun + TAKEN_TOGETHER])
+            together = tree_map(lambda stack: stack.index_select(0, index), self._states)  # noqa: B023
+            parcels += Parcel.of_stack(together, len(index))
+        return dict(zip(keys, parcels, strict=True))
 
     def hypers(self, key: str) -> Hypers:
         slot = self._slots.index(key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from trainables.family import State
+
+MOST_ON_THE_WAY = 2 * 2**30
+"""Bytes of copies on a device that are on their way to the host, at most: then whoever sends more waits."""
 
 
 def tree_map(f: Any, *trees: Any) -> Any:
@@ -50,30 +54,33 @@ def copy_of(tree: Any, device: torch.device | None = None) -> Any:
 
 
 class Parcel:
-    """A state on its way to the host; the device may go on with other work meanwhile.
+    """A state, and a copy of it on its way to the host; the device may go on with other work meanwhile.
 
     Args:
         state: changed by nobody any more, unless it is on a GPU: from there it is taken as it is now.
     """
 
     def __init__(self, state: State):
-        self._state = state
-        self._flat: Future[dict[torch.dtype, Tensor]] | None = None
-        parts: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in leaves(state):
-            if tensor.is_cuda:
-                parts.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
-        if parts:
-            flat = {dtype: torch.cat(some) for dtype, some in parts.items()}
-            made = torch.cuda.Event()
-            made.record()
-            self._flat = _carrier().submit(_carry, flat, made)
+        self.state = state
+        self._row = 0
+        self._flat = _sent(tree_map(lambda tensor: tensor.unsqueeze(0), state), 1)
+
+    @classmethod
+    def of_stack(cls, states: State, count: int) -> list[Parcel]:
+        """Of `count` states stacked along a first axis, sent in one."""
+        flat, parts = _sent(states, count), tree_map(lambda stack: stack.unbind(), states)
+        parcels = []
+        for row in range(count):
+            parcel = cls.__new__(cls)
+            parcel.state, parcel._row, parcel._flat = tree_map(lambda part: part[row], parts), row, flat  # noqa: B023
+            parcels.append(parcel)
+        return parcels
 
     def wait(self) -> State:
         """The state on the host, once it is there."""
         if self._flat is None:
-            return self._state
-        flat = self._flat.result()
+            return self.state
+        flat = {dtype: rows[self._row] for dtype, rows in self._flat.result().items()}
         read = dict.fromkeys(flat, 0)
 
         def unpacked(tensor: Tensor) -> Tensor:
@@ -83,23 +90,56 @@ class Parcel:
             read[tensor.dtype] += tensor.numel()
             return flat[tensor.dtype][begun : read[tensor.dtype]].view(tensor.shape)
 
-        return tree_map(unpacked, self._state)
+        return tree_map(unpacked, self.state)
 
 
-def _carry(flat: dict[torch.dtype, Tensor], made: torch.cuda.Event) -> dict[torch.dtype, Tensor]:
-    """Copies on the host. Into ordinary memory: pinning some for each state holds the device up for milliseconds."""
-    device = next(iter(flat.values())).device
-    with torch.cuda.stream(_carrying_stream(device.index)):
-        torch.cuda.current_stream().wait_event(made)
-        return {dtype: tensor.cpu() for dtype, tensor in flat.items()}
+Flat = dict[torch.dtype, Tensor]
+"""States as [states, numbers], by type."""
+
+
+def _sent(states: State, count: int) -> Future[Flat] | None:
+    """Stacked states to come to the host; None if they are there."""
+    parts: dict[torch.dtype, list[Tensor]] = {}
+    for stack in leaves(states):
+        if stack.is_cuda:
+            parts.setdefault(stack.dtype, []).append(stack.detach().reshape(count, -1))
+    if not parts:
+        return None
+    return _carrier().take({dtype: torch.cat(some, dim=1) for dtype, some in parts.items()})
+
+
+class _Carrier:
+    """A thread that waits for copies, so that whoever trains need not."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "carrier")
+        self._on_the_way: deque[tuple[Future[Flat], int]] = deque()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def take(self, flat: Flat) -> Future[Flat]:
+        """Copies on the host, as the tensors are once the work before is done."""
+        made = torch.cuda.Event()
+        made.record()
+        size = sum(tensor.nbytes for tensor in flat.values())
+        while self._on_the_way and (self._on_the_way[0][0].done() or self._bytes() + size > MOST_ON_THE_WAY):
+            wait([self._on_the_way.popleft()[0]])
+        self._on_the_way.append((self._thread.submit(self._copy, flat, made), size))
+        return self._on_the_way[-1][0]
+
+    def _bytes(self) -> int:
+        return sum(size for _, size in self._on_the_way)
+
+    def _copy(self, flat: Flat, made: torch.cuda.Event) -> Flat:
+        """Into ordinary memory: pinning some for each state holds the device up for milliseconds."""
+        device = next(iter(flat.values())).device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._streams[device]):
+            torch.cuda.current_stream().wait_event(made)
+            return {dtype: tensor.cpu() for dtype, tensor in flat.items()}
 
 
 @cache
-def _carrier() -> ThreadPoolExecutor:
-    """Waits for copies, so that whoever trains need not."""
-    return ThreadPoolExecutor(1, "carrier")
-
-
-@cache
-def _carrying_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _carrier() -> _Carrier:
+    """One for the process."""
+    return _Carrier()

@@ -61,10 +61,10 @@ class Small:
             raise copy.copy(small.error)
 
         class Engine(small.base):
-            def _place(self, lane, state, hyper):
-                super()._place(lane, state, hyper)
+            def _place(self, arrived):
+                super()._place(arrived)
                 if small.place == "insert":
-                    self.check(1)
+                    self.check(len(arrived))
 
             def _advance(self, steps):
                 if small.place == "advance" and len(self.lanes) > small.room:
@@ -202,10 +202,10 @@ def test_a_program_with_one_lane_gets_room_from_the_largest_other(host, alone): 
             live = lambda: sum(len(e.lanes) for ref in self.made if (e := ref()) is not None)
             insert = made._place
 
-            def place(lane, state, hyper):
-                if live() + 1 > room:
+            def place(arrived):
+                if live() + len(arrived) > room:
                     raise copy.copy(CUDA)
-                insert(lane, state, hyper)
+                insert(arrived)
 
             made._place = place
             return made

@@ -13,7 +13,7 @@ import torch
 from lanes.records import StorageLost
 from lanes.serial import SerialEngine
 from lanes.stack import Stack
-from lanes.states import Parcel, copy_into, copy_of, leaves
+from lanes.states import Parcel, copy_into, copy_of, leaves, tree_map
 from lanes.writer import MOST_WAITING, Writer
 from tests.families import arrays_of, build_case
 from tests.test_stack import Memory, Shelf, job
@@ -187,3 +187,26 @@ def test_a_parcel_from_the_gpu_is_as_it_was_when_it_was_sent():
     got = parcel.wait()
     assert not got["w"]["a"].is_cuda
     assert (got["n"].tolist(), got["w"]["a"].tolist(), float(got["w"]["b"])) == (expected["n"], expected["a"], 2.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parcels_of_a_stack_are_its_rows(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    stacked = {"n": torch.arange(3), "w": {"a": torch.randn(3, 4, 5), "b": torch.randn(3, 2).double()}}
+    there = tree_map(lambda tensor: tensor.to(device), stacked)
+    parcels = Parcel.of_stack(there, 3)
+    for row, parcel in enumerate(parcels):
+        for state in (parcel.wait(), parcel.state):
+            for got, expected in zip(leaves(state), leaves(stacked), strict=True):
+                assert got.dtype == expected.dtype
+                assert got.tolist() == expected[row].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_more_parcels_than_may_be_on_the_way_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr("lanes.states.MOST_ON_THE_WAY", 1000)
+    given = [{"w": torch.full((100,), float(i), device="cuda")} for i in range(20)]
+    parcels = [Parcel(state) for state in given]
+    assert [float(parcel.wait()["w"].mean()) for parcel in parcels] == list(range(20))
