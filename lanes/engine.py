@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lanes.graphs import GraphedInit
 from lanes.orders import Orders
-from lanes.states import Parcel, copy_of, tree_map
+from lanes.states import copy_of, tree_map
 from trainables.draws import counter
 from trainables.family import Arrays, Family, Hypers, State, hyper_tensors
 
@@ -191,9 +191,9 @@ class Engine(ABC):
     def state(self, key: str) -> State:
         """A copy of a lane's state."""
 
-    def parcels(self, keys: Sequence[str]) -> dict[str, Parcel]:
-        """Copies of lanes' states, which are also sent to the host."""
-        return {key: Parcel(self.state(key)) for key in keys}
+    def states(self, keys: Sequence[str]) -> dict[str, State]:
+        """Copies of several lanes' states."""
+        return {key: self.state(key) for key in keys}
 
     @abstractmethod
     def hypers(self, key: str) -> Hypers:

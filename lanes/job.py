@@ -27,6 +27,7 @@ class Job:
         covariates: also record what the family's `inspect` says, after every epoch.
         parent: seed -> (run key, epoch) whose checkpoint a run without one of its own continues from (PBT's exploit).
         stops: whether its runs wait at a report until it is accepted; where nobody would stop them there, they go on.
+        donates: whether others may continue from its states at reports (PBT): then each of them has its checkpoint.
     """
 
     token: str
@@ -38,6 +39,7 @@ class Job:
     covariates: bool = False
     parent: Mapping[int, tuple[str, int]] = field(default_factory=dict)
     stops: bool = True
+    donates: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Run:
     passed: dict[int, tuple[Future | None, SeedReport]] = field(default_factory=dict)  # reports not told, by epoch
     hyper: Any = None
     written: Future | None = None  # of what must be on disk before its next report is told
+    saved_at: float = 0.0  # on the stack's clock: its newest checkpoint, or when it was attached
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class Flight:
     """Work the device has been given, and what is to be read when it is done.
 
     `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs;
-    `left` those that then gave up their slots for a report, with their states unless they are at their end; `passed`
-    those that came to a report and go on, with their states there.
+    `left` those that then gave up their slots for a report, `passed`
+    those that came to a report and go on. Each with its state where a checkpoint is to be made of it.
     """
 
     chunk: Chunk
     trained: Mapping[str, Run]
     ended: tuple[str, ...]
     left: Mapping[str, Parcel | None]
-    passed: Mapping[str, Parcel]
+    passed: Mapping[str, Parcel | None]
     tests: Evaluation | None
     covariates: Inspection | None
 

@@ -18,7 +18,7 @@ import numpy as np
 from lanes.engine import Engine
 from lanes.job import Job, Report
 from lanes.runs import Flight, Run, arrival, lane_key
-from lanes.states import Parcel, tree_map
+from lanes.states import Parcel, bytes_of, tree_map
 from lanes.telling import Telling
 from lanes.writer import Writer
 from trainables.family import Family
@@ -48,7 +48,8 @@ class Stack:
         make_engine: makes the engine when the first lane arrives (it may probe).
         max_lanes: slots; None asks the engine choice (`make_engine` returns it beside the engine).
         writer: where curves and states go.
-        checkpoint_seconds: save running lanes this often, besides at reports.
+        checkpoint_seconds: a run that trains is saved this often, or half as often where the disk is slow; at reports
+            it is saved as well while the disk keeps up.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Stack:
         self._half_empty_since: float | None = None
         self._step_seconds = 0.0
         self.most: int | None = None  # lanes that fit into memory, once it has run out
-        self._last_checkpoint = clock()
+        self._state_bytes = 0  # of one run; 0 until one has been seen
         self._directed = [name for name, metric in family.metrics.items() if metric.mode != "none"]
 
     @property
@@ -99,7 +100,7 @@ class Stack:
         for seed, key in job.runs.items():
             run = Run(key, seed, job, hyper=hyper)
             self._restore(run)
-            run.begun = run.step
+            run.begun, run.saved_at = run.step, self._clock()
             runs.append(run)
         self._runs[job.token] = runs
         for run in runs:
@@ -175,10 +176,9 @@ class Stack:
         for run in flight.trained.values():
             run.device_seconds += elapsed / len(flight.trained)
             run.lanes = len(flight.trained)
-        if self._flight is None and self._checkpoint_due():
-            for run in self._training.values():
+        if self._flight is None:
+            for run in self._due_for_checkpoints():
                 self._checkpoint(run)
-            self._last_checkpoint = self._clock()
         self.writer.write_some()
         return self._complete_reports()
 
@@ -304,11 +304,13 @@ class Stack:
         passed = self._pass(ended)
         return Flight(chunk, trained, ended, self._take_out(ended), passed, tests, covariates)
 
-    def _pass(self, ended: Sequence[str]) -> dict[str, Parcel]:
-        """Lanes that come to a report and do not stop send their states home."""
+    def _pass(self, ended: Sequence[str]) -> dict[str, Parcel | None]:
+        """Lanes that come to a report and do not stop send their states home, those that are to be saved."""
         engine = self._need_engine()
-        reporting = [lane for lane in ended if self._passes_at(self._training[lane], engine.lanes[lane].step)]
-        return engine.parcels(reporting)
+        passing = [lane for lane in ended if self._passes_at(self._training[lane], engine.lanes[lane].step)]
+        saved = self._to_save(passing)
+        states = engine.states(saved)
+        return {lane: Parcel(states[lane]) if lane in states else None for lane in passing}
 
     def _take_out(self, ended: Sequence[str]) -> dict[str, Parcel | None]:
         """Lanes that stop at a report leave; what goes on afterwards takes its state along, and sends it home."""
@@ -322,17 +324,28 @@ class Stack:
         ]
         if not leaving:
             return {}
-        parcels = engine.parcels([lane for lane in leaving if step[lane] < self.schedule.steps])
+        states = engine.states([lane for lane in leaving if step[lane] < self.schedule.steps])
+        saved = self._to_save(list(states))
         for lane in leaving:
-            run = self._training.pop(lane)
-            if lane in parcels:
-                run.state = parcels[lane].state
+            self._training.pop(lane).state = states.get(lane)
         engine.remove(leaving)
-        return {lane: parcels.get(lane) for lane in leaving}
+        return {lane: Parcel(states[lane]) if lane in saved else None for lane in leaving}
+
+    def _to_save(self, reporting: Sequence[str]) -> list[str]:
+        """Of lanes at a report: those of which a checkpoint is made now."""
+        saved: list[str] = []
+        for lane in reporting:
+            self._state_bytes = self._state_bytes or bytes_of(self._need_engine().state(lane))
+            run = self._training[lane]
+            old = self._clock() - run.saved_at > self.checkpoint_seconds
+            soon = self.writer.keeps_up(self._state_bytes, len(saved) * self._state_bytes)
+            if run.job.donates or old or soon:
+                saved.append(lane)
+        return saved
 
     def _may_run_ahead(self) -> bool:
         """Whether the next chunk can be launched before the one under way is read."""
-        if not self._need_engine().runs_ahead or self._checkpoint_due():
+        if not self._need_engine().runs_ahead or self._due_for_checkpoints():
             return False
         return not (self._training and self._compaction_due())
 
@@ -354,8 +367,18 @@ class Stack:
             self._landed = True
             self._read(flight)
 
-    def _checkpoint_due(self) -> bool:
-        return self._clock() - self._last_checkpoint > self.checkpoint_seconds
+    def _due_for_checkpoints(self) -> list[Run]:
+        """Runs whose newest checkpoint is old, so many as the disk takes now; and those whose is very old."""
+        due: list[Run] = []
+        for run in sorted(self._training.values(), key=lambda run: run.saved_at):
+            age = self._clock() - run.saved_at
+            if age <= self.checkpoint_seconds:
+                break
+            self._state_bytes = self._state_bytes or bytes_of(self._need_engine().state(lane_key(run)))
+            soon = self.writer.keeps_up(self._state_bytes, len(due) * self._state_bytes)
+            if soon or age > 2 * self.checkpoint_seconds:
+                due.append(run)
+        return due
 
     def _record_steps(self, flight: Flight) -> None:
         curves = flight.chunk.wait()
@@ -390,10 +413,10 @@ class Stack:
 
     def _come_to_reports(self, flight: Flight) -> None:
         """Runs that left with a flight stand at a report, or at their end; others have passed one."""
-        for lane, state in flight.passed.items():
+        for lane, parcel in flight.passed.items():
             run = flight.trained[lane]
             if run.status == "training":
-                run.written = self._save(run, state)
+                run.written = self._save(run, parcel) if parcel else self.writer.flush()
                 self._telling.note_passed(run, run.written)
         for lane, parcel in flight.left.items():
             run = flight.trained[lane]
@@ -464,6 +487,7 @@ class Stack:
             "step": run.step,
             "device_seconds": run.device_seconds,
         }
+        run.saved_at = self._clock()
         return self.writer.save(run.key, run.step, parcel, extra)
 
     def _complete_reports(self) -> list[Report]:

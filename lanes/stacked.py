@@ -17,7 +17,7 @@ from torch.func import vmap
 from lanes.compiling import compile_lanes
 from lanes.engine import Engine, Lane, Placing, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
-from lanes.states import Parcel, copy_of, leaves, tree_map
+from lanes.states import copy_of, leaves, tree_map
 from trainables.family import Hypers, State
 
 TAKEN_TOGETHER = 8
@@ -230,13 +230,16 @@ class StackedEngine(Engine):
         slot = self._slots.index(key)
         return copy_of(tree_map(lambda stack: stack[slot], self._states))
 
-    def parcels(self, keys: Sequence[str]) -> dict[str, Parcel]:
-        parcels: list[Parcel] = []
+    def states(self, keys: Sequence[str]) -> dict[str, State]:
+        """In a few launches for TAKEN_TOGETHER of them."""
+        taken: dict[str, State] = {}
         for begun in range(0, len(keys), TAKEN_TOGETHER):
-            index = self._index(keys[begun : begun + TAKEN_TOGETHER])
-            together = tree_map(lambda stack: stack.index_select(0, index), self._states)  # noqa: B023
-            parcels += Parcel.of_stack(together, len(index))
-        return dict(zip(keys, parcels, strict=True))
+            some = keys[begun : begun + TAKEN_TOGETHER]
+            index = self._index(some)
+            rows = tree_map(lambda stack: stack.index_select(0, index).unbind(), self._states)  # noqa: B023
+            for row, key in enumerate(some):
+                taken[key] = tree_map(lambda parts: parts[row], rows)  # noqa: B023
+        return taken
 
     def hypers(self, key: str) -> Hypers:
         slot = self._slots.index(key)

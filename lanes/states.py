@@ -32,6 +32,11 @@ def leaves(tree: Any) -> list[Tensor]:
     return found
 
 
+def bytes_of(tree: Any) -> int:
+    """What a nested dict's tensors take."""
+    return sum(tensor.nbytes for tensor in leaves(tree))
+
+
 def copy_into(target: Any, source: Any) -> None:
     """Copy a nested dict's tensors over those of another: a few launches for all of a kind, not one each."""
     kinds: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
@@ -54,33 +59,30 @@ def copy_of(tree: Any, device: torch.device | None = None) -> Any:
 
 
 class Parcel:
-    """A state, and a copy of it on its way to the host; the device may go on with other work meanwhile.
+    """A state on its way to the host; the device may go on with other work meanwhile.
 
     Args:
         state: changed by nobody any more, unless it is on a GPU: from there it is taken as it is now.
     """
 
     def __init__(self, state: State):
-        self.state = state
-        self._row = 0
-        self._flat = _sent(tree_map(lambda tensor: tensor.unsqueeze(0), state), 1)
+        self._state = state
+        parts: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in leaves(state):
+            if tensor.is_cuda:
+                parts.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
+        flat = {dtype: torch.cat(some) for dtype, some in parts.items()}
+        self._flat = _carrier().take(flat) if flat else None
 
-    @classmethod
-    def of_stack(cls, states: State, count: int) -> list[Parcel]:
-        """Of `count` states stacked along a first axis, sent in one."""
-        flat, parts = _sent(states, count), tree_map(lambda stack: stack.unbind(), states)
-        parcels = []
-        for row in range(count):
-            parcel = cls.__new__(cls)
-            parcel.state, parcel._row, parcel._flat = tree_map(lambda part: part[row], parts), row, flat  # noqa: B023
-            parcels.append(parcel)
-        return parcels
+    @property
+    def bytes(self) -> int:
+        return bytes_of(self._state)
 
     def wait(self) -> State:
         """The state on the host, once it is there."""
         if self._flat is None:
-            return self.state
-        flat = {dtype: rows[self._row] for dtype, rows in self._flat.result().items()}
+            return self._state
+        flat = self._flat.result()
         read = dict.fromkeys(flat, 0)
 
         def unpacked(tensor: Tensor) -> Tensor:
@@ -90,22 +92,11 @@ class Parcel:
             read[tensor.dtype] += tensor.numel()
             return flat[tensor.dtype][begun : read[tensor.dtype]].view(tensor.shape)
 
-        return tree_map(unpacked, self.state)
+        return tree_map(unpacked, self._state)
 
 
 Flat = dict[torch.dtype, Tensor]
-"""States as [states, numbers], by type."""
-
-
-def _sent(states: State, count: int) -> Future[Flat] | None:
-    """Stacked states to come to the host; None if they are there."""
-    parts: dict[torch.dtype, list[Tensor]] = {}
-    for stack in leaves(states):
-        if stack.is_cuda:
-            parts.setdefault(stack.dtype, []).append(stack.detach().reshape(count, -1))
-    if not parts:
-        return None
-    return _carrier().take({dtype: torch.cat(some, dim=1) for dtype, some in parts.items()})
+"""A state as one row of numbers of each type."""
 
 
 class _Carrier:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
 MOST_WAITING = 64
 """Checkpoints that may wait to be written: each holds a state in the host's memory."""
+MOST_BEHIND = 0.5
+"""Seconds that the disk may be behind with checkpoints when one is added that could be left out."""
+FIRST_RATE = 200e6
+"""Bytes a second that a disk takes, until it has been seen."""
 
 
 class Recorder(Protocol):
@@ -57,6 +63,8 @@ class Writer:
         self._last: Future = Future()
         self._last.set_result(None)
         self._saves: dict[str, Future] = {}  # run key -> its newest checkpoint's writing
+        self._unsaved: deque[tuple[Future, int]] = deque()  # checkpoints that wait to be written, and their bytes
+        self._rate = FIRST_RATE
         self._failed: list[BaseException] = []
         self._unwritten: BaseException | None = None  # why rows are not on disk that were to be flushed
 
@@ -82,7 +90,16 @@ class Writer:
         self._room.acquire()
         self._submit(self._flush)
         self._saves[run_key] = self._submit(self._save, run_key, step, parcel, extra)
+        self._unsaved.append((self._saves[run_key], parcel.bytes))
         return self._saves[run_key]
+
+    def keeps_up(self, size: int, chosen: int = 0) -> bool:
+        """Whether a checkpoint of `size` bytes would be written soon, after `chosen` bytes that are to come before it:
+        the rows of every report queue behind checkpoints, and a disk may be slower than a GPU makes states."""
+        while self._unsaved and self._unsaved[0][0].done():
+            self._unsaved.popleft()
+        waiting = chosen + sum(size for _, size in self._unsaved)
+        return not waiting or (waiting + size) / self._rate <= MOST_BEHIND
 
     def load(self, run_key: str, at_most: int | None = None) -> tuple[State, dict[str, Any]] | None:
         """What the checkpoints hold once what was given before is written."""
@@ -117,7 +134,10 @@ class Writer:
         try:
             if self._unwritten is not None:
                 raise StorageLost(f"no checkpoint without the rows before it: {self._unwritten}")
+            begun = time.perf_counter()
             self._checkpoints.save(run_key, step, parcel.wait(), extra)
+            seen = parcel.bytes / max(1e-6, time.perf_counter() - begun)
+            self._rate += (seen - self._rate) / 8
         finally:
             self._room.release()
 

@@ -273,6 +273,32 @@ def test_continuing_from_checkpoints_in_the_middle_of_an_epoch_is_exact(make, en
         assert memory.epoch_rows[key] == rows
 
 
+def test_where_the_disk_is_slow_reports_go_without_checkpoints_and_nothing_is_lost(make, monkeypatch):
+    each, shelf, memory = job("a", noise=0.01), Shelf(), Memory()
+    expected = train(make(), [each])["a"][-1]
+    monkeypatch.setattr(Writer, "keeps_up", lambda *_: False)
+    stack = make(shelf=shelf, recorder=memory)
+    stack.attach(each)
+    tick_until_reports(stack)
+    stack.proceed("a")
+    (report,) = tick_until_reports(stack)
+    assert report.epoch == 3
+    assert not shelf.saved
+    assert all(sorted(memory.epoch_rows[key]) == [1, 2, 3] for key in each.runs.values()), "rows vouch for a report"
+    again = train(make(shelf=shelf, recorder=Memory()), [replace(each, token="again", reports=(9,))])["again"][-1]
+    assert {n: seed.values for n, seed in again.seeds.items()} == {n: s.values for n, s in expected.seeds.items()}
+
+
+@pytest.mark.parametrize(("how", "seconds"), [({"donates": True}, 60.0), ({}, -1.0)], ids=["donates", "old"])
+def test_what_must_be_saved_is_saved_where_the_disk_is_slow(make, monkeypatch, how, seconds):
+    each, shelf = replace(job("a"), **how), Shelf()
+    monkeypatch.setattr(Writer, "keeps_up", lambda *_: False)
+    stack = make(shelf=shelf, checkpoint_seconds=seconds)
+    stack.attach(each)
+    tick_until_reports(stack)
+    assert all(6 in shelf.saved[key] for key in each.runs.values())
+
+
 def test_runs_restored_from_checkpoints_of_different_age_report_together(make):
     each, shelf = job("a", noise=0.01), Shelf()
     stack = make(shelf=shelf)

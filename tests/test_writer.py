@@ -13,7 +13,7 @@ import torch
 from lanes.records import StorageLost
 from lanes.serial import SerialEngine
 from lanes.stack import Stack
-from lanes.states import Parcel, copy_into, copy_of, leaves, tree_map
+from lanes.states import Parcel, copy_into, copy_of, leaves
 from lanes.writer import MOST_WAITING, Writer
 from tests.families import arrays_of, build_case
 from tests.test_stack import Memory, Shelf, job
@@ -119,6 +119,20 @@ def test_checkpoints_that_wait_are_bounded():
     assert len(shelf.saved) == MOST_WAITING + 1
 
 
+def test_a_disk_keeps_up_while_little_waits_for_it():
+    shelf = Gate()
+    writer = Writer(Memory(), shelf)
+    each = Parcel(state()).bytes
+    assert writer.keeps_up(10**12), "one checkpoint is always taken that waits for none"
+    assert not writer.keeps_up(10**12, each), "and the next one with it is not"
+    writer.save("a", 1, Parcel(state()), {})
+    assert writer.keeps_up(each)
+    assert not writer.keeps_up(10**12)
+    shelf.open.set()
+    writer.settle()
+    assert writer.keeps_up(10**12)
+
+
 def test_a_report_is_told_when_its_checkpoint_is_on_disk_and_others_train_meanwhile(cache_dir: Path):
     family, program, _ = build_case("tests.toys.regression", "noisy")
     shelf, memory = Gate(), Memory()
@@ -187,20 +201,6 @@ def test_a_parcel_from_the_gpu_is_as_it_was_when_it_was_sent():
     got = parcel.wait()
     assert not got["w"]["a"].is_cuda
     assert (got["n"].tolist(), got["w"]["a"].tolist(), float(got["w"]["b"])) == (expected["n"], expected["a"], 2.0)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_parcels_of_a_stack_are_its_rows(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    stacked = {"n": torch.arange(3), "w": {"a": torch.randn(3, 4, 5), "b": torch.randn(3, 2).double()}}
-    there = tree_map(lambda tensor: tensor.to(device), stacked)
-    parcels = Parcel.of_stack(there, 3)
-    for row, parcel in enumerate(parcels):
-        for state in (parcel.wait(), parcel.state):
-            for got, expected in zip(leaves(state), leaves(stacked), strict=True):
-                assert got.dtype == expected.dtype
-                assert got.tolist() == expected[row].tolist()
 
 
 @pytest.mark.gpu

@@ -67,6 +67,7 @@ class ConfigTrial(tune.Trainable):
             runs=runs,
             reports=tuple(epoch for epoch in config["reports"] if epoch > after),
             stops=self._settings["scheduler"] != "none",
+            donates=self._settings["scheduler"] == "pbt",
             covariates=self._settings["covariates"],
             parent={int(seed): (key, epoch) for seed, (key, epoch) in config["parent"].items()},
         )
