@@ -264,7 +264,7 @@ class Bench:
             "compile_s": sum(
                 r.get("setup", 0.0) for p in probes for r in p["table"] if r["engine"] not in ("serial", "stacked")
             ),
-            "engines": sorted({f"{r['engine']} x{r['lanes']}" for r in table.to_dict("records") if r["engine"]}),
+            "engines": sorted({f"{r.engine} x{r.lanes:.0f}" for r in table[table["lanes"] > 0].itertuples()}),
             "stop_reasons": {reason: ended.count(reason) for reason in sorted(set(ended))},
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,13 @@ def section(
     some = next((row for name, row in arms.items() if name.startswith("lanewise")), next(iter(arms.values())))
     versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
     settings = f", with {', '.join(some['settings'])}" if some["settings"] else ""
-    notes = "".join(f"; {note}" for note in sorted({row["note"] for row in arms.values() if row.get("note")}))
+    noted = sorted({row["note"] for row in arms.values() if row.get("note")})
+    notes = "".join(f"; {note}" for note in noted if not any(note in other for other in noted if other != note))
     lines = [
         f"## {workload}",
         "",
-        f"{precision}, {where(device, gpus)}, data {some['data']}, {some['configs']} configs of {some['steps']} steps"
-        f"{settings}; {versions}; {some['time'][:10]}{notes}.",
+        f"{precision}, {where(device, gpus)}, data {some['data']}, {sizes(arms.values())} configs of {some['steps']} "
+        f"steps{settings}; {versions}; {some['time'][:10]}{notes}.",
         "",
     ]
     sweeps = {name: row for name, row in arms.items() if name.startswith(("tune", "lanewise"))}
@@ -69,6 +70,12 @@ def section(
         lines += agreement(arms["agree"], sweeps)
     commands = sorted({row["command"] for row in arms.values()})
     return [*lines, *(f"`{command}`  " for command in commands), ""]
+
+
+def sizes(arms: Iterable[Row]) -> str:
+    """How many configs the sweeps had: "512", or "512 or 2,048" where arms differ."""
+    counts = {row["configs"] for row in arms if row["arm"].startswith(("tune", "lanewise"))}
+    return " or ".join(f"{count:,}" for count in sorted(counts))
 
 
 def sweep_table(sweeps: Mapping[str, Row]) -> list[str]:

@@ -5,30 +5,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 LIVE_SECONDS = 10.0
 """How old the news of a run that goes on may grow before it is sent."""
-PARAM_LETTERS, TAG_LETTERS = 6000, 8000
+LONGEST_PARAM, LONGEST_TAG = 6000, 8000
 Which = tuple[str, str]
 """A run by kind and key: `tuning.tracked_runs` knows MLflow's id of it."""
 Values = Mapping[str, float] | Mapping[str, float | None]
+Point = tuple[str, float, int, int]
+"""Name, value, time in ms, step."""
+Pair = tuple[str, str]
 
 
 @dataclass
 class Letter:
-    """What is to be told of one run: (name, value, time in ms, step), (name, text), and (status, time in ms)."""
+    """What is to be told of one run; `status` with the time of it in ms."""
 
-    metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
-    params: list[tuple[str, str]] = field(default_factory=list)
-    tags: list[tuple[str, str]] = field(default_factory=list)
+    metrics: list[Point] = field(default_factory=list)
+    params: list[Pair] = field(default_factory=list)
+    tags: list[Pair] = field(default_factory=list)
     status: tuple[str, int] | None = None
 
     @property
     def of_ended(self) -> bool:
         return self.status is not None and self.status[0] != "RUNNING"
+
+    def calls(self) -> Iterator[tuple[list[Point], list[Pair], list[Pair]]]:
+        """Metrics, params, tags, as much as MLflow takes in a call: 1000 metrics, 100 params, 100 tags, 1000 in all."""
+        # a config that was proposed again has its params twice: MLflow takes each name once a call
+        metrics, params, tags = self.metrics, list(dict(self.params).items()), list(dict(self.tags).items())
+        while metrics or params or tags:
+            yield metrics[:700], params[:100], tags[:100]
+            metrics, params, tags = metrics[700:], params[100:], tags[100:]
 
 
 class Outbox:
@@ -44,28 +55,26 @@ class Outbox:
         self._since: dict[Which, float] = {}
         self._clock = clock
         for kept in held:
-            letter = self._letter((kept["kind"], kept["key"]))
+            letter = self._open((kept["kind"], kept["key"]))
             letter.metrics = [tuple(point) for point in kept["metrics"]]
             letter.params = [tuple(pair) for pair in kept["params"]]
             letter.tags = [tuple(pair) for pair in kept["tags"]]
             letter.status = tuple(kept["status"]) if kept["status"] else None
 
-    def metrics(
-        self, which: Which, values: Mapping[str, float | None] | Mapping[str, float], at: int, step: int
-    ) -> None:
+    def metrics(self, which: Which, values: Values, at: int, step: int) -> None:
         """Points of curves; what is not a finite number is none."""
         for name, number in values.items():
             if number is not None and math.isfinite(number):
-                self._letter(which).metrics.append((name, float(number), at, int(step)))
+                self._open(which).metrics.append((name, float(number), at, int(step)))
 
     def params(self, which: Which, params: Iterable[tuple[str, Any]]) -> None:
-        self._letter(which).params += [(name, str(value)[:PARAM_LETTERS]) for name, value in params]
+        self._open(which).params += [(name, str(value)[:LONGEST_PARAM]) for name, value in params]
 
     def tags(self, which: Which, tags: Iterable[tuple[str, str]]) -> None:
-        self._letter(which).tags += [(name, str(text)[:TAG_LETTERS]) for name, text in tags]
+        self._open(which).tags += [(name, str(text)[:LONGEST_TAG]) for name, text in tags]
 
     def status(self, which: Which, status: str, at: int) -> None:
-        self._letter(which).status = status, at
+        self._open(which).status = status, at
 
     def due(self, patient: bool) -> list[Which]:
         """Runs to send now: all, or of the patient those that have ended and those whose news is old."""
@@ -80,19 +89,9 @@ class Outbox:
         """How many points of curves these runs' letters hold."""
         return sum(len(self._letters[which].metrics) for which in runs)
 
-    def send(self, client: Any, which: Which, run_id: str) -> None:
-        """One run's letter, by an `MlflowClient`. It stays here until it is dropped."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        letter = self._letters[which]
-        metrics = [Metric(*point) for point in letter.metrics]
-        # a config that was proposed again has its params twice: MLflow takes each name once a call
-        params = [Param(*pair) for pair in dict(letter.params).items()]
-        tags = [RunTag(*pair) for pair in dict(letter.tags).items()]
-        for metric_part, param_part, tag_part in _calls(metrics, params, tags):
-            client.log_batch(run_id, metrics=metric_part, params=param_part, tags=tag_part)
-        if letter.status is not None:
-            set_status(client, run_id, *letter.status)
+    def letter(self, which: Which) -> Letter:
+        """What is to be told of a run. It stays here until it is dropped."""
+        return self._letters[which]
 
     def drop(self, runs: Iterable[Which]) -> None:
         """These runs' letters have arrived."""
@@ -103,21 +102,6 @@ class Outbox:
         """All letters, to be kept as JSON."""
         return [{"kind": kind, "key": key, **asdict(letter)} for (kind, key), letter in self._letters.items()]
 
-    def _letter(self, which: Which) -> Letter:
+    def _open(self, which: Which) -> Letter:
         self._since.setdefault(which, self._clock())
         return self._letters.setdefault(which, Letter())
-
-
-def set_status(client: Any, run_id: str, status: str, at: int | None) -> None:
-    """A run's status in MLflow; what has ended has a time of that (ms)."""
-    if status == "RUNNING":
-        client.update_run(run_id, status="RUNNING")
-    else:
-        client.set_terminated(run_id, status, at)
-
-
-def _calls(metrics: list, params: list, tags: list) -> Iterable[tuple[list, list, list]]:
-    """MLflow's limits: 1000 metrics, 100 params, 100 tags and 1000 entities together, a call."""
-    while metrics or params or tags:
-        yield metrics[:700], params[:100], tags[:100]
-        metrics, params, tags = metrics[700:], params[100:], tags[100:]

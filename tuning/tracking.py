@@ -26,7 +26,7 @@ from tuning.aggregates import config_values, cost_tags, pareto_front, result, su
 from tuning.journal import Event, read
 from tuning.mlflow_page import page_tags
 from tuning.objectives import COSTS, searched, value
-from tuning.outbox import Outbox, Which, set_status
+from tuning.outbox import Outbox, Which
 from tuning.parts import not_merged, parts_in
 from tuning.runs import RunTable, load_plain
 from tuning.secrets import tracking_uri
@@ -177,10 +177,24 @@ class Tracker:
         """Send what there is of these runs. Returns the number of points."""
         points = self._outbox.points(runs)
         with ThreadPoolExecutor(self._at_once) as senders:
-            for _ in senders.map(lambda which: self._outbox.send(self._client, which, self._id(*which)), runs):
+            for _ in senders.map(self._send_one, runs):
                 pass  # raises what one of them raised
         self._outbox.drop(runs)
         return points
+
+    def _send_one(self, which: Which) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        run, letter = self._id(*which), self._outbox.letter(which)
+        for metrics, params, tags in letter.calls():
+            self._client.log_batch(
+                run,
+                metrics=[Metric(*point) for point in metrics],
+                params=[Param(*pair) for pair in params],
+                tags=[RunTag(*pair) for pair in tags],
+            )
+        if letter.status is not None:
+            self._set_status(run, *letter.status)
 
     def _next_batch(self) -> dict[str, Any] | None:
         """What has come since the last one: an offset into the journal, and writer -> number of its newest part."""
@@ -217,7 +231,13 @@ class Tracker:
                 if reason in STATUS and status.get(which) == "RUNNING":
                     ended = row.get("ended_at")
                     at = int(ended.timestamp() * 1000) if ended else None
-                    set_status(self._client, self._runs[which], STATUS[reason], at)
+                    self._set_status(self._runs[which], STATUS[reason], at)
+
+    def _set_status(self, run_id: str, status: str, at: int | None) -> None:
+        if status == "RUNNING":
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            self._client.set_terminated(run_id, status, at)
 
     def artifacts(self) -> None:
         """The command and space, the runs table, the curves and the report, on the sweep's run."""
