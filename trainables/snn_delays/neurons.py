@@ -50,17 +50,18 @@ def lif_forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[
 
 
 def forward_loop(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """`lif_forward` step by step, on any device."""
-    scaled = scale[:, None, None, None] * x.unflatten(-1, (-1, scale.shape[1])) + shift[:, None, None, None]
-    current = scaled.flatten(-2).movedim(2, 0).contiguous()
-    factor = keep.reshape(-1, 1, 1)
-    membranes = torch.empty_like(current)
-    v = torch.zeros_like(current[0])
-    for t in range(current.shape[0]):
-        h = torch.addcmul(current[t], factor, v, out=membranes[t])
+    """`lif_forward` step by step, on any device. A step's numbers stay in a processor's cache from one line to the
+    next; whole tensors, of all steps, would go to memory and back for each."""
+    wide = x.unflatten(-1, (-1, scale.shape[1]))
+    scale, shift = scale[:, None, None], shift[:, None, None]
+    factor, v = keep.reshape(-1, 1, 1), scale.new_zeros(())
+    spikes, over = x.new_empty(x.shape), x.new_empty(x.shape)
+    for t in range(x.shape[2]):
+        h = torch.addcmul((scale * wide[:, :, t] + shift).flatten(-2), factor, v)
         v = torch.where(h >= 1, 0.0, h)
-    over = (membranes - 1).movedim(0, 2).to(x.dtype).contiguous()
-    return (over >= 0).to(x.dtype), over
+        over[:, :, t] = h - 1
+        spikes[:, :, t] = over[:, :, t] >= 0
+    return spikes, over
 
 
 @lif_forward.register_fake
@@ -80,12 +81,13 @@ def lif_backward(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Ten
 
 def backward_loop(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
     """`lif_backward` step by step, on any device."""
-    a = alpha.reshape(-1, 1, 1, 1)
-    direct = (grad * (a / 2) / (1 + (math.pi / 2 * a * over) ** 2)).movedim(2, 0).contiguous()
-    carry = torch.where(over >= 0, 0.0, keep.reshape(-1, 1, 1, 1)).movedim(2, 0).contiguous()
-    for t in range(direct.shape[0] - 2, -1, -1):
-        direct[t].addcmul_(carry[t], direct[t + 1])
-    return direct.movedim(0, 2).to(over.dtype).contiguous()
+    a, keep, gradient = alpha.reshape(-1, 1, 1), keep.reshape(-1, 1, 1), over.new_empty(over.shape)
+    after = keep.new_zeros(())
+    for t in reversed(range(over.shape[2])):
+        direct = grad[:, :, t] * (a / 2) / (1 + (math.pi / 2 * a * over[:, :, t]) ** 2)
+        after = direct.addcmul_(torch.where(over[:, :, t] >= 0, 0.0, keep), after)
+        gradient[:, :, t] = after
+    return gradient
 
 
 @lif_backward.register_fake
