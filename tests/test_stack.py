@@ -329,7 +329,7 @@ def test_a_config_killed_between_its_end_and_its_last_report_reports_without_a_n
 
 
 def test_a_copy_continues_its_parent_s_states_with_other_hypers(make):
-    donor, shelf, memory = job("donor", noise=0.01), Shelf(), Memory()
+    donor, shelf, memory = replace(job("donor", noise=0.01), donates=True), Shelf(), Memory()
     stack = make(shelf=shelf, recorder=memory)
     stack.attach(donor)
     tick_until_reports(stack)
