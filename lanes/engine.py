@@ -119,6 +119,7 @@ class Lane:
 
 
 Placing = tuple[Lane, State, Hypers]
+"""A lane that gets a slot, with its state and its hypers on the device."""
 
 
 class Engine(ABC):
@@ -207,17 +208,17 @@ class Engine(ABC):
 
     def insert_all(self, arrivals: Sequence[Arrival]) -> None:
         """Start or continue several lanes."""
-        arrived = []
+        arrived: dict[str, Placing] = {}
         for arrival in arrivals:
-            if arrival.key in self.lanes:
+            if arrival.key in self.lanes or arrival.key in arrived:
                 raise ValueError(f"lane {arrival.key} is already here")
             lane = Lane(arrival.key, arrival.hyper, arrival.seed, arrival.step)
-            arrived.append((lane, *self._taken_in(arrival)))
+            arrived[arrival.key] = lane, *self._taken_in(arrival)
         if not arrived:
             return
-        self._place(arrived)
-        self.lanes |= {lane.key: lane for lane, _, _ in arrived}
-        self._refresh_orders([lane for lane, _, _ in arrived if lane.step < self.schedule.steps])
+        self._place(list(arrived.values()))
+        self.lanes |= {key: lane for key, (lane, _, _) in arrived.items()}
+        self._refresh_orders([self.lanes[key] for key in arrived if self.lanes[key].step < self.schedule.steps])
 
     def prepare(self, arrival: Arrival) -> None:
         """Work out now, beside the training under way, what inserting a lane will need. For engines that run ahead."""

@@ -42,8 +42,8 @@ class Flight:
     """Work the device has been given, and what is to be read when it is done.
 
     `trained` are the runs it advances; `ended` the lanes that end an epoch with it, `tests` and `covariates` theirs;
-    `left` those that then gave up their slots for a report, `passed`
-    those that came to a report and go on. Each with its state where a checkpoint is to be made of it.
+    `left` those that then gave up their slots for a report, `passed` those that came to a report and go on, each with
+    its state where a checkpoint is to be made of it.
     """
 
     chunk: Chunk

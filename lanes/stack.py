@@ -335,13 +335,16 @@ class Stack:
         """Of lanes at a report: those of which a checkpoint is made now."""
         saved: list[str] = []
         for lane in reporting:
-            self._state_bytes = self._state_bytes or bytes_of(self._need_engine().state(lane))
             run = self._training[lane]
             old = self._clock() - run.saved_at > self.checkpoint_seconds
-            soon = self.writer.keeps_up(self._state_bytes, len(saved) * self._state_bytes)
-            if run.job.donates or old or soon:
+            if run.job.donates or old or self._saved_soon(lane, len(saved)):
                 saved.append(lane)
         return saved
+
+    def _saved_soon(self, lane: str, chosen: int) -> bool:
+        """Whether the disk keeps up with a checkpoint of a lane, after so many others."""
+        self._state_bytes = self._state_bytes or bytes_of(self._need_engine().state(lane))
+        return self.writer.keeps_up(self._state_bytes, chosen * self._state_bytes)
 
     def _may_run_ahead(self) -> bool:
         """Whether the next chunk can be launched before the one under way is read."""
@@ -374,9 +377,7 @@ class Stack:
             age = self._clock() - run.saved_at
             if age <= self.checkpoint_seconds:
                 break
-            self._state_bytes = self._state_bytes or bytes_of(self._need_engine().state(lane_key(run)))
-            soon = self.writer.keeps_up(self._state_bytes, len(due) * self._state_bytes)
-            if soon or age > 2 * self.checkpoint_seconds:
+            if age > 2 * self.checkpoint_seconds or self._saved_soon(lane_key(run), len(due)):
                 due.append(run)
         return due
 

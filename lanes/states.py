@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lanes.underway import Underway
 from trainables.family import State
 
 MOST_ON_THE_WAY = 2 * 2**30
@@ -104,21 +104,19 @@ class _Carrier:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "carrier")
-        self._on_the_way: deque[tuple[Future[Flat], int]] = deque()
+        self._on_the_way = Underway()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def take(self, flat: Flat) -> Future[Flat]:
         """Copies on the host, as the tensors are once the work before is done."""
         made = torch.cuda.Event()
         made.record()
-        size = sum(tensor.nbytes for tensor in flat.values())
-        while self._on_the_way and (self._on_the_way[0][0].done() or self._bytes() + size > MOST_ON_THE_WAY):
-            wait([self._on_the_way.popleft()[0]])
-        self._on_the_way.append((self._thread.submit(self._copy, flat, made), size))
-        return self._on_the_way[-1][0]
-
-    def _bytes(self) -> int:
-        return sum(size for _, size in self._on_the_way)
+        size = bytes_of(flat)
+        while (before := self._on_the_way.bytes) and before + size > MOST_ON_THE_WAY:
+            self._on_the_way.wait_for_oldest()
+        copied = self._thread.submit(self._copy, flat, made)
+        self._on_the_way.add(copied, size)
+        return copied
 
     def _copy(self, flat: Flat, made: torch.cuda.Event) -> Flat:
         """Into ordinary memory: pinning some for each state holds the device up for milliseconds."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Semaphore
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lanes.records import StorageLost
+from lanes.underway import Underway
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ class Writer:
         self._last: Future = Future()
         self._last.set_result(None)
         self._saves: dict[str, Future] = {}  # run key -> its newest checkpoint's writing
-        self._unsaved: deque[tuple[Future, int]] = deque()  # checkpoints that wait to be written, and their bytes
+        self._unsaved = Underway()  # checkpoints
         self._rate = FIRST_RATE
         self._failed: list[BaseException] = []
         self._unwritten: BaseException | None = None  # why rows are not on disk that were to be flushed
@@ -90,15 +90,13 @@ class Writer:
         self._room.acquire()
         self._submit(self._flush)
         self._saves[run_key] = self._submit(self._save, run_key, step, parcel, extra)
-        self._unsaved.append((self._saves[run_key], parcel.bytes))
+        self._unsaved.add(self._saves[run_key], parcel.bytes)
         return self._saves[run_key]
 
     def keeps_up(self, size: int, chosen: int = 0) -> bool:
         """Whether a checkpoint of `size` bytes would be written soon, after `chosen` bytes that are to come before it:
         the rows of every report queue behind checkpoints, and a disk may be slower than a GPU makes states."""
-        while self._unsaved and self._unsaved[0][0].done():
-            self._unsaved.popleft()
-        waiting = chosen + sum(size for _, size in self._unsaved)
+        waiting = chosen + self._unsaved.bytes
         return not waiting or (waiting + size) / self._rate <= MOST_BEHIND
 
     def load(self, run_key: str, at_most: int | None = None) -> tuple[State, dict[str, Any]] | None:

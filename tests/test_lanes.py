@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from lanes.engine import Arrival
 from lanes.serial import SerialEngine
-from lanes.stacked import StackedEngine
+from lanes.stacked import TAKEN_TOGETHER, StackedEngine
 from lanes.states import tree_map
 from tests.families import CASES, arrays_of, build_case
 from trainables.family import dtype_of
@@ -114,6 +115,24 @@ def test_restored_lane_continues_bit_for_bit(case, engine_class):
     for name, curve in expected["me"].items():
         np.testing.assert_array_equal(actual["me"][name], curve, err_msg=name)
     assert_same_state(engine.state("me"), again.state("me"), 0.0)
+
+
+@pytest.mark.parametrize("engine_class", [SerialEngine, StackedEngine], ids=["serial", "stacked"])
+def test_lanes_that_come_and_go_together_are_each_their_own(engine_class, cache_dir):
+    family, program, hyper = build_case("tests.toys.regression", "noisy")
+    engine = engine_class(family, program, arrays_of(family, program, cache_dir))
+    keys = [f"lane{i}" for i in range(TAKEN_TOGETHER + 3)]
+    engine.insert_all([Arrival(key, hyper, i) for i, key in enumerate(keys)])
+    engine.advance(2)
+    taken, one_by_one = engine.states(keys[1:]), {key: engine.state(key) for key in keys[1:]}
+    engine.advance(2)
+    assert list(taken) == keys[1:]
+    for key in keys[1:]:
+        assert_same_state(taken[key], one_by_one[key], 0.0)
+    with pytest.raises(ValueError, match="lane lane0 is already here"):
+        engine.insert_all([Arrival("new", hyper, 50), Arrival("lane0", hyper, 51)])
+    with pytest.raises(ValueError, match="lane new is already here"):
+        engine.insert_all([Arrival("new", hyper, 50), Arrival("new", hyper, 51)])
 
 
 def test_poisoned_lane_leaves_neighbours_alone(case):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from lanes.records import StorageLost
 from lanes.serial import SerialEngine
 from lanes.stack import Stack
 from lanes.states import Parcel, copy_into, copy_of, leaves
+from lanes.underway import Underway
 from lanes.writer import MOST_WAITING, Writer
 from tests.families import arrays_of, build_case
 from tests.test_stack import Memory, Shelf, job
@@ -131,6 +132,21 @@ def test_a_disk_keeps_up_while_little_waits_for_it():
     shelf.open.set()
     writer.settle()
     assert writer.keeps_up(10**12)
+
+
+def test_what_is_under_way_is_counted_until_it_is_done():
+    works = [Future() for _ in range(3)]
+    underway = Underway()
+    for size, work in enumerate(works, 1):
+        underway.add(work, size)
+    assert underway.bytes == 6
+    works[0].set_result(None)
+    assert underway.bytes == 5
+    works[1].set_exception(OSError())
+    underway.wait_for_oldest()
+    assert underway.bytes == 3
+    works[2].set_result(None)
+    assert underway.bytes == 0
 
 
 def test_a_report_is_told_when_its_checkpoint_is_on_disk_and_others_train_meanwhile(cache_dir: Path):

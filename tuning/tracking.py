@@ -140,25 +140,22 @@ class Tracker:
         if self._runs is None:
             self.connect()
         sent = 0
-        while True:
-            batch = self._state.get("sending") or self._next_batch()
-            if batch is None and not self._outbox.due(patient):
-                return sent
-            logged: dict[str, int] = {}
-            if batch is not None:
-                sent += self._take_events(batch["offset"])
-                logged = self._points(batch["parts"])
-                if "sending" not in self._state:
-                    self._state["sending"] = batch
-                    self._save()
+        while batch := self._state.get("sending") or self._next_batch():
+            sent += self._take_events(batch["offset"])
+            logged = self._points(batch["parts"])
+            if "sending" not in self._state:
+                self._state["sending"] = batch
+                self._save()
             sent += self._send(self._outbox.due(patient))
-            if batch is not None:
-                self._state["offset"] = batch["offset"]
-                self._state["parts"].update(batch["parts"])
-                self._state["logged"].update(logged)
-                del self._state["sending"]
-            self._state["held"] = self._outbox.held()
+            self._state["offset"] = batch["offset"]
+            self._state["parts"].update(batch["parts"])
+            self._state["logged"].update(logged)
+            del self._state["sending"]
             self._save()
+        if due := self._outbox.due(patient):  # held back until now
+            sent += self._send(due)
+            self._save()
+        return sent
 
     def _take_events(self, offset: int) -> int:
         """The journal's events up to there. Returns how many."""
@@ -174,12 +171,13 @@ class Tracker:
         return taken
 
     def _send(self, runs: list[Which]) -> int:
-        """Send what there is of these runs. Returns the number of points."""
+        """Send what there is of these runs; what there is of others is held. Returns the number of points."""
         points = self._outbox.points(runs)
         with ThreadPoolExecutor(self._at_once) as senders:
             for _ in senders.map(self._send_one, runs):
                 pass  # raises what one of them raised
         self._outbox.drop(runs)
+        self._state["held"] = self._outbox.held()
         return points
 
     def _send_one(self, which: Which) -> None:
