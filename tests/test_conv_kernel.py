@@ -128,7 +128,7 @@ def test_missing_triton_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "trainables.vgg_decay.conv_kernel", raising=False)
     with pytest.raises(BadValue, match="need triton"):
-        conv_ops.gpu_kernel()
+        conv_ops.kernel_module("conv_kernel")
 
 
 def check_kernels(shapes, dtype, device, limits):

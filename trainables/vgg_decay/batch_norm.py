@@ -3,9 +3,9 @@
     z = pool(relu((x - mean) / sqrt(var + eps) * gamma + beta))
 
 What autograd keeps and walks through again is several times what has to be read: here both ways are a few passes over x
-and the gradient alone. With g the gradient where a value was the first of its window's largest and above 0, else 0, x^
-the normalised x, w 1 for examples that count and 0 for padding, and n the number of values that count (Ioffe & Szegedy
-2015, with weights):
+and the gradient alone (`.norm_ops`). With g the gradient where a value was the first of its window's largest and above
+0, else 0, x^ the normalised x, w 1 for examples that count and 0 for padding, and n the number of values that count
+(Ioffe & Szegedy 2015, with weights):
 
     dbeta = sum g,  dgamma = sum g x^,  dx = gamma / sqrt(var + eps) * (g - w (dbeta + x^ dgamma) / n)
 """
@@ -15,20 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainables.vgg_decay import norm_ops
+
 EPSILON = 1e-5
 
 Statistics = tuple[Tensor, Tensor, Tensor]
 """Mean [C], biased variance [C], and how many values each is of, 0-d."""
 
 
-def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(x - centre) * scale + shift, x [N, H, W, C] and the others [C], in their dtype."""
-    return (x.to(centre.dtype) - centre) * scale + shift
-
-
-def pooled(x: Tensor) -> Tensor:
-    """Max-pooling of 2x2, [N, H, W, C] -> [N, H / 2, W / 2, C]. Without gradient: `normalised` has it."""
-    return _windows(x).amax((2, 4))
+def activated(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool) -> Tensor:
+    """pool(relu((x - centre) * scale + shift)) without gradient: x [N, H, W, C], the others [C]."""
+    return _passes(x)[0](x, *(vector.unsqueeze(0) for vector in (centre, scale, shift)), pool)[0]
 
 
 def normalised(x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor | None, pool: bool) -> tuple[Tensor, Statistics]:
@@ -42,16 +39,16 @@ def normalised(x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor | None, pool
     Returns:
         z [N, H, W, C], or half as high and wide, in x's dtype, and the statistics, which carry no gradient.
     """
-    weight = None if mask is None else mask.to(gamma.dtype)
+    weight = gamma.new_zeros(0) if mask is None else mask.to(gamma.dtype)
     z, mean, var, count, _ = _normalised(x, gamma, beta, weight, pool)
     return z, (mean, var, count)
 
 
-def moments(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Statistics:
-    """Mean and biased variance per channel over the examples of weight 1, in `dtype`."""
-    x = x.to(dtype)
+def _moments(x: Tensor, weight: Tensor) -> Statistics:
+    """Over the examples of weight 1, in the weight's dtype."""
+    x = x.to(weight.dtype)
     positions = x.shape[1] * x.shape[2]
-    if weight is None:
+    if not len(weight):
         var, mean = torch.var_mean(x, dim=(0, 1, 2), correction=0)
         return mean, var, mean.new_full((), float(x.shape[0] * positions))
     weight = weight[:, None, None, None]
@@ -61,16 +58,24 @@ def moments(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Statistics:
     return mean, (spread * spread).sum((0, 1, 2)) / count, count
 
 
+def _passes(x: Tensor):
+    """Forward, sums and backward: the operators in bf16 on a GPU, elsewhere the formulas."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cuda":
+        return norm_ops.norm_forward, norm_ops.norm_sums, norm_ops.norm_backward
+    return norm_ops.forward_formula, norm_ops.sums_formula, norm_ops.backward_formula
+
+
 class _Normalised(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor | None, pool: bool) -> tuple[Tensor, ...]:
-        mean, var, count = moments(x, weight, gamma.dtype)
-        active = torch.relu(affine(x, mean, gamma / torch.sqrt(var + EPSILON), beta))
-        if not pool:
-            return active.to(x.dtype), mean, var, count, x.new_zeros(0, dtype=torch.int8)
-        return pooled(active).to(x.dtype), mean, var, count, _first_largest(active)
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, pool: bool) -> tuple[Tensor, ...]:
+        # a custom operator may not see a tensor that asks for a gradient while torch.func is at work
+        x, gamma, beta = x.detach(), gamma.detach(), beta.detach()
+        mean, var, count = _moments(x, weight)
+        vectors = (vector.unsqueeze(0) for vector in (mean, gamma / torch.sqrt(var + EPSILON), beta))
+        z, chosen = _passes(x)[0](x, *vectors, pool)
+        return z, mean, var, count, chosen
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -80,40 +85,18 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
-        x, gamma, beta, weight, mean, var, count, chosen = ctx.saved_tensors
+        x, gamma, beta, weight, mean, var, count, chosen = (saved.detach() for saved in ctx.saved_tensors)
+        _, sums, backward = _passes(x)
         inverse = 1 / torch.sqrt(var + EPSILON)
-        scale = gamma * inverse
-        centred = x.to(gamma.dtype) - mean
-        grad = grad.to(gamma.dtype)
-        slope = torch.where(centred * scale + beta > 0, _spread(grad, chosen) if ctx.pool else grad, 0)
-        to_beta = slope.sum((0, 1, 2))
-        to_gamma = (slope * centred).sum((0, 1, 2)) * inverse
-        shared = (to_beta + centred * (inverse * to_gamma)) / count
-        if weight is not None:
-            shared = shared * weight[:, None, None, None]
-        return (scale * (slope - shared)).to(x.dtype), to_gamma, to_beta, None, None
+        what = (grad.detach(), x, chosen, *(vector.unsqueeze(0) for vector in (mean, gamma * inverse, beta)))
+        to_beta, timed = sums(*what, ctx.pool).squeeze(0).unbind(0)
+        to_gamma = timed * inverse
+        shared = (to_beta / count).unsqueeze(0), (inverse * to_gamma / count).unsqueeze(0)
+        dx = backward(*what, *shared, weight.unsqueeze(0), ctx.pool)
+        return dx, to_gamma, to_beta, None, None
 
 
 @torch.compiler.allow_in_graph
-def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor | None, pool: bool) -> tuple[Tensor, ...]:
+def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, pool: bool) -> tuple[Tensor, ...]:
     # allow_in_graph: torch.compile (2.13) loses an autograd.Function's own backward under torch.func.grad
     return _Normalised.apply(x, gamma, beta, weight, pool)
-
-
-def _windows(x: Tensor) -> Tensor:
-    """[N, H, W, C] -> [N, H / 2, 2, W / 2, 2, C]."""
-    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-
-
-def _first_largest(x: Tensor) -> Tensor:
-    """Which of a window's four is the first of the largest, row by row, int8 [N, H / 2, W / 2, C]."""
-    a, b, c, d = (x[:, i::2, j::2] for i in range(2) for j in range(2))
-    upper, lower = (b > a).to(torch.int8), (d > c).to(torch.int8) + 2
-    return torch.where(torch.maximum(c, d) > torch.maximum(a, b), lower, upper)
-
-
-def _spread(grad: Tensor, chosen: Tensor) -> Tensor:
-    """Each window's gradient at the position that was chosen of it, [N, H / 2, W / 2, C] -> [N, H, W, C]."""
-    place = torch.arange(4, dtype=torch.int8, device=grad.device).reshape(2, 1, 2, 1)
-    grad, chosen = (tensor[:, :, None, :, None] for tensor in (grad, chosen))
-    return torch.where(chosen == place, grad, 0).flatten(3, 4).flatten(1, 2)

@@ -12,6 +12,7 @@ where autocast rounds it to bf16.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -120,32 +121,31 @@ def _(grad: Tensor, x: Tensor, groups: int, kernel: int) -> Tensor:
 
 @conv_forward.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return gpu_kernel().forward(x, weight)
+    return kernel_module("conv_kernel").forward(x, weight)
 
 
 @conv_backward_input.register_kernel("cuda")
 def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return gpu_kernel().backward_input(grad, weight)
+    return kernel_module("conv_kernel").backward_input(grad, weight)
 
 
 @conv_backward_weight.register_kernel("cuda")
 def _(grad: Tensor, x: Tensor, groups: int, kernel: int) -> Tensor:
-    return gpu_kernel().backward_weight(grad, x, groups, kernel)
+    return kernel_module("conv_kernel").backward_weight(grad, x, groups, kernel)
 
 
-def gpu_kernel() -> ModuleType:
-    """The module of the GPU kernels. Raises `BadValue` where Triton is missing."""
+def kernel_module(name: str) -> ModuleType:
+    """The family's module of GPU kernels. Raises `BadValue` where Triton is missing."""
     try:
-        from trainables.vgg_decay import conv_kernel
+        return import_module(f"trainables.vgg_decay.{name}")
     except ImportError as error:
         raise BadValue(
             f"convolutions in bf16 on a GPU need triton, which is not installed here ({error}): install it, or take "
             "precision=float32"
         ) from error
-    return conv_kernel
 
 
-def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
+def joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
     """The lane axis joined to the first one, [L, N, ...] -> [L * N, ...]."""
     stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return stacked.flatten(0, 1)
@@ -153,20 +153,20 @@ def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
 
 @conv_forward.register_vmap
 def _(info, dims, *args):
-    out = conv_forward(*(_joined(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    out = conv_forward(*(joined(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
 @conv_backward_input.register_vmap
 def _(info, dims, *args):
-    out = conv_backward_input(*(_joined(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    out = conv_backward_input(*(joined(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
 @conv_backward_weight.register_vmap
 def _(info, dims, grad, x, groups, kernel):
     lanes = info.batch_size
-    out = conv_backward_weight(_joined(grad, dims[0], lanes), _joined(x, dims[1], lanes), lanes * groups, kernel)
+    out = conv_backward_weight(joined(grad, dims[0], lanes), joined(x, dims[1], lanes), lanes * groups, kernel)
     return out.unflatten(0, (lanes, -1)), 0
 
 
@@ -228,4 +228,5 @@ def _convolution(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def convolution(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, H, W, C] with weight [O, C, k, k], rounded to x's dtype: [N, H, W, O] in x's dtype."""
-    return _convolution(x, weight)[0]
+    # contiguous here and not in the operators, each of which would make a copy of its own
+    return _convolution(x.contiguous(), weight)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainables import draws
 from trainables.family import dtype_of
 from trainables.vgg_decay import conv_ops
-from trainables.vgg_decay.batch_norm import EPSILON, affine, normalised, pooled
+from trainables.vgg_decay.batch_norm import EPSILON, activated, normalised
 from trainables.vgg_decay.program import Layer, Program, has_short_batch, layers
 
 MOMENTUM = 0.1
@@ -83,17 +83,17 @@ def forward_eval(
     Returns:
         logits [N, classes], and the activations of the last two hidden layers before pooling, [N, H, W, C].
     """
-    hidden: Tensors = {}
+    watched, hidden = [layer.name for layer in layers(program) if layer.norm][-2:], {}
 
     def activate(layer: Layer, x: Tensor, pool: bool) -> Tensor:
         scale = params[f"{layer.name}.gamma"] / torch.sqrt(running[f"{layer.name}.var"] + EPSILON)
         centre = running[f"{layer.name}.mean"] - params[f"{layer.name}.bias"]
-        active = torch.relu(affine(x, centre, scale, params[f"{layer.name}.beta"]))
-        hidden[layer.name] = active.to(x.dtype)
-        return (pooled(active) if pool else active).to(x.dtype)
+        shift = params[f"{layer.name}.beta"]
+        if layer.name in watched:
+            hidden[layer.name] = activated(x, centre, scale, shift, pool=False)
+        return activated(x, centre, scale, shift, pool)
 
-    logits = _forward(program, params, images, activate)
-    return logits, dict(list(hidden.items())[-2:])
+    return _forward(program, params, images, activate), hidden
 
 
 def _forward(
