@@ -19,11 +19,10 @@ ROWS_SUMMED = 2048
 
 
 @triton.jit
-def _window(row, H: tl.constexpr, W: tl.constexpr, SIDE: tl.constexpr):
-    """The position of a window's first value."""
+def _window(row, W: tl.constexpr, SIDE: tl.constexpr):
+    """The position of a window's first value. Rows of windows follow one another through all samples."""
     across: tl.constexpr = W // SIDE
-    down: tl.constexpr = H // SIDE
-    return (row // (across * down) * H + row // across % down * SIDE) * W + row % across * SIDE
+    return row // across * (SIDE * W) + row % across * SIDE
 
 
 @triton.jit
@@ -44,14 +43,14 @@ def _slope(at, centre, scale, shift, g, chosen, inside, PLACE: tl.constexpr, POO
 @triton.jit
 def _forward(
     x, centre, scale, shift, z, chosen, windows,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     x += group * windows * (SIDE * SIDE * C)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
     inside = (row < windows)[:, None] & (channel < C)[None, :]
-    at = x + _window(row, H, W, SIDE)[:, None] * C + channel[None, :]
+    at = x + _window(row, W, SIDE)[:, None] * C + channel[None, :]
     c, s, b = _vector(centre, group, channel, C), _vector(scale, group, channel, C), _vector(shift, group, channel, C)
     top = (tl.load(at, mask=inside, other=0.0).to(tl.float32) - c) * s + b
     first = tl.zeros((ROWS, WIDTH), tl.int8)
@@ -70,7 +69,7 @@ def _forward(
 @triton.jit
 def _sums(
     grad, x, chosen, centre, scale, shift, parts, windows,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """parts[split] = the sums over its windows of the slope, and of the slope times the value without its mean."""
@@ -85,7 +84,7 @@ def _sums(
     for start in range(0, MOST, ROWS):
         row = split * MOST + start + tl.arange(0, ROWS)
         inside = (row < windows)[:, None] & (channel < C)[None, :]
-        at = x + _window(row, H, W, SIDE)[:, None] * C + channel[None, :]
+        at = x + _window(row, W, SIDE)[:, None] * C + channel[None, :]
         mine = row[:, None] * C + channel[None, :]
         g = tl.load(grad + mine, mask=inside, other=0.0).to(tl.float32)
         which = tl.load(chosen + mine, mask=inside, other=0) if SIDE > 1 else 0
@@ -101,8 +100,8 @@ def _sums(
 
 @triton.jit
 def _backward(
-    grad, x, chosen, centre, scale, shift, mean, tilt, weight, dx, windows,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, WEIGHTED: tl.constexpr,
+    grad, x, chosen, centre, scale, shift, mean, tilt, weight, dx, windows, samples,
+    W: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dx = scale (slope - weight (mean + tilt (x - centre)))."""
@@ -116,13 +115,12 @@ def _backward(
     inside = (row < windows)[:, None] & (channel < C)[None, :]
     c, s, b = _vector(centre, group, channel, C), _vector(scale, group, channel, C), _vector(shift, group, channel, C)
     m, t = _vector(mean, group, channel, C), _vector(tilt, group, channel, C)
-    first = _window(row, H, W, SIDE)[:, None] * C + channel[None, :]
+    first = _window(row, W, SIDE)[:, None] * C + channel[None, :]
     mine = row[:, None] * C + channel[None, :]
     g = tl.load(grad + mine, mask=inside, other=0.0).to(tl.float32)
     which = tl.load(chosen + mine, mask=inside, other=0) if SIDE > 1 else 0
     if WEIGHTED:
-        samples = windows // ((H // SIDE) * (W // SIDE))
-        sample = row // ((H // SIDE) * (W // SIDE))
+        sample = row // (windows // samples)
         counts = tl.load(weight + group * samples + sample, mask=row < windows, other=0.0)[:, None]
     for place in tl.static_range(SIDE * SIDE):
         away = (place // SIDE * W + place % SIDE) * C
@@ -142,7 +140,7 @@ def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool)
     chosen = torch.empty(z.shape if pool else (samples, 0), dtype=torch.int8, device=x.device)
     windows, wide, rows = _cut(z, len(centre))
     _forward[(triton.cdiv(windows, rows), len(centre))](
-        x, centre, scale, shift, z, chosen, windows, height, width, channels, side, rows, wide
+        x, centre, scale, shift, z, chosen, windows, _width(x, pool), channels, side, rows, wide
     )
     return z, chosen
 
@@ -150,28 +148,15 @@ def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool)
 def sums(grad: Tensor, x: Tensor, chosen: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool) -> Tensor:
     """As `norm_ops.norm_sums`."""
     grad, x, chosen, centre, scale, shift = _contiguous(grad, x, chosen, centre, scale, shift)
-    _, height, width, channels = x.shape
+    channels = x.shape[-1]
     windows, wide, rows = _cut(grad, len(centre))
     most = min(ROWS_SUMMED, triton.cdiv(windows, rows) * rows)
     splits = triton.cdiv(windows, most)
     parts = torch.empty((len(centre), splits, 2, channels), dtype=torch.float32, device=x.device)
     _sums[(splits, len(centre))](
-        grad,
-        x,
-        chosen,
-        centre,
-        scale,
-        shift,
-        parts,
-        windows,
-        height,
-        width,
-        channels,
-        2 if pool else 1,
-        most,
-        rows,
+        grad, x, chosen, centre, scale, shift, parts, windows, _width(x, pool), channels, 2 if pool else 1, most, rows,
         wide,
-    )
+    )  # fmt: skip
     return parts.squeeze(1) if splits == 1 else parts.sum(1)
 
 
@@ -183,18 +168,22 @@ def backward(
     grad, x, chosen, centre, scale, shift, mean, tilt, weight = _contiguous(
         grad, x, chosen, centre, scale, shift, mean, tilt, weight
     )
-    _, height, width, channels = x.shape
     windows, wide, rows = _cut(grad, len(centre))
     dx = torch.empty_like(x)
     _backward[(triton.cdiv(windows, rows), len(centre))](
-        grad, x, chosen, centre, scale, shift, mean, tilt, weight, dx, windows, height, width, channels,
-        2 if pool else 1, weight.shape[1] > 0, rows, wide,
+        grad, x, chosen, centre, scale, shift, mean, tilt, weight, dx, windows, len(x) // len(centre), _width(x, pool),
+        x.shape[-1], 2 if pool else 1, weight.shape[1] > 0, rows, wide,
     )  # fmt: skip
     return dx
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _width(x: Tensor, pool: bool) -> int:
+    """Of an image, where it matters: the fewer kernels differ, the fewer are compiled."""
+    return x.shape[2] if pool else 1
 
 
 def _cut(z: Tensor, groups: int) -> tuple[int, int, int]:
