@@ -16,7 +16,7 @@ from torch import Tensor
 from lanes.compiling import compile_lanes
 from lanes.engine import Engine, Placing, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
-from lanes.states import channels_last, copy_into, copy_of, leaves, tree_map
+from lanes.states import copy_into, copy_of, leaves, tree_map
 from trainables.family import Hypers, State
 
 STREAMS = 16
@@ -38,8 +38,9 @@ class _Slot:
 
 
 def _buffer(tensor: Tensor) -> Tensor:
-    """A copy for a slot."""
-    return channels_last(tensor, 1) if tensor.dim() == 4 else tensor.clone(memory_format=torch.contiguous_format)
+    """A copy for a slot. Weights of convolutions get their channels last, as tensor cores read them: a convolution's
+    result follows its weight, and what comes after follows that; else every convolution turns its tensors round."""
+    return tensor.clone(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
 
 
 class BranchedEngine(Engine):

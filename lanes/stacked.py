@@ -17,7 +17,7 @@ from torch.func import vmap
 from lanes.compiling import compile_lanes
 from lanes.engine import Engine, Lane, Placing, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
-from lanes.states import channels_last, copy_of, leaves, tree_map
+from lanes.states import copy_of, leaves, tree_map
 from trainables.family import Hypers, State
 
 TAKEN_TOGETHER = 8
@@ -89,7 +89,7 @@ class StackedEngine(Engine):
         """A stack of a first lane."""
         size = self._size_for(1)
         self._slots = [lane.key] + [None] * (size - 1)
-        self._states = tree_map(lambda t: self._buffer(_repeat(t, size)), state)
+        self._states = tree_map(lambda t: _repeat(t, size), state)
         self._hypers = tree_map(lambda t: _repeat(t, size), dict(hyper))
         # filled by a kernel: assigning a number copies it from the host, which then waits for the chunk under way
         self._position = torch.zeros(size, dtype=torch.int64, device=self.device)
@@ -127,15 +127,11 @@ class StackedEngine(Engine):
         def pick(stack: Tensor) -> Tensor:
             return stack.index_select(0, index)
 
-        self._states = tree_map(lambda stack: self._buffer(pick(stack)), self._states)
+        self._states = tree_map(pick, self._states)
         self._hypers = tree_map(pick, self._hypers)
         self._rows = tree_map(pick, self._rows)
         self._position = pick(self._position)
         self._slots = [self._slots[slot] for slot in kept] + [None] * (size - len(kept))
-
-    def _buffer(self, stack: Tensor) -> Tensor:
-        """On a GPU, stacked weights of convolutions as they are read there."""
-        return channels_last(stack, 2) if stack.dim() == 5 and self.device.type == "cuda" else stack
 
     def _set_orders(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         if not self._rows:

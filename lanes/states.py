@@ -58,12 +58,6 @@ def copy_of(tree: Any, device: torch.device | None = None) -> Any:
     return fresh
 
 
-def channels_last(weight: Tensor, channels: int) -> Tensor:
-    """A copy whose dimension `channels` stands last in memory, as tensor cores read a convolution's weight: its result
-    and its update follow it, where else every step turns tensors round."""
-    return weight.movedim(channels, -1).clone(memory_format=torch.contiguous_format).movedim(-1, channels)
-
-
 class Parcel:
     """A state on its way to the host; the device may go on with other work meanwhile.
 

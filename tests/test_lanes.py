@@ -18,7 +18,7 @@ import torch
 from lanes.engine import Arrival
 from lanes.serial import SerialEngine
 from lanes.stacked import TAKEN_TOGETHER, StackedEngine
-from lanes.states import channels_last, tree_map
+from lanes.states import tree_map
 from tests.families import CASES, arrays_of, build_case
 from trainables.family import dtype_of
 
@@ -176,12 +176,3 @@ def test_every_metric_is_declared(case):
     assert family.headline in summary
     assert summary.keys() <= family.metrics.keys()
     assert family.metrics[family.headline].mode in ("max", "min")
-
-
-def test_channels_last_changes_how_a_weight_lies_and_not_what_it_is():
-    weight = torch.arange(2 * 3 * 4 * 9.0).reshape(2, 3, 4, 3, 3)
-    turned = channels_last(weight, 2)
-    assert torch.equal(turned, weight)
-    assert turned.movedim(2, -1).is_contiguous()
-    turned[1, 2, 3] = 0
-    assert weight[1, 2, 3].all()
