@@ -14,8 +14,8 @@ from torch import Tensor
 
 VALUES = 4096
 """Of a tile: rows times channels."""
-ROWS_SUMMED = 2048
-"""Windows whose gradients one instance sums."""
+VALUES_SUMMED = 32_768
+"""Of the gradient that one instance sums: the late layers have few, which must not be left to a few instances."""
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def sums(grad: Tensor, x: Tensor, chosen: Tensor, centre: Tensor, scale: Tensor,
     grad, x, chosen, centre, scale, shift = _contiguous(grad, x, chosen, centre, scale, shift)
     channels = x.shape[-1]
     windows, wide, rows = _cut(grad, len(centre))
-    most = min(ROWS_SUMMED, triton.cdiv(windows, rows) * rows)
+    most = min(VALUES_SUMMED // wide, triton.cdiv(windows, rows) * rows)
     splits = triton.cdiv(windows, most)
     parts = torch.empty((len(centre), splits, 2, channels), dtype=torch.float32, device=x.device)
     _sums[(splits, len(centre))](
