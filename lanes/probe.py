@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lanes.engine import Engine
 from lanes.memory import is_out_of_memory
 from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine, power_of_two
+from trainables import draws
 from trainables.family import Arrays, Family, program_key
 from trainables.files import write_atomically
 
@@ -142,26 +144,17 @@ def probe(
         seconds: measuring time of one row.
         engines: names out of ENGINES; default: serial, then what can repay being measured. On a GPU a short sweep tries
             `stacked` uncompiled, a longer one the compiled engines, the one that fits the family first.
-        cache: folder of earlier choices, one file a (program, device, versions, wanted, digits of expected_steps).
+        cache: folder of rows measured before, one file a (program, device, versions, code). A row that is known is not
+            measured again, so a longer sweep measures only what it alone can repay.
     """
-    stamp = {
-        "program": program_key(family.name, program),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "wanted": wanted,
-        "engines": engines,
-        "length": len(str(int(expected_steps))),  # what pays in a long sweep does not in a short one
-    }
-    path = cache / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}.json" if cache else None
-    if path is not None and path.is_file():
-        plain = json.loads(path.read_text())
-        return Choice(plain["engine"], plain["lanes"], tuple(Row(**row) for row in plain["table"]), cached=True)
-
+    known = _Known(cache, family, program, device)
     rows: list[Row] = []
 
     def rate(name: str, lanes: int) -> float:
         """Measure one row; out of memory counts as a rate of 0."""
+        if row := known.get(name, lanes):
+            rows.append(row)
+            return row.rate
         started = time.perf_counter()
         try:
             engine = make_engine(name, lanes, family, program, arrays, device, host_arrays)
@@ -171,6 +164,7 @@ def probe(
                 raise
             measured, setup = 0.0, time.perf_counter() - started
         rows.append(Row(name, lanes, measured, setup))
+        known.add(rows[-1])
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
         return measured
@@ -215,16 +209,65 @@ def probe(
                 climb(name, 2, 4 if cuda else 2)
         if engines is None and ahead() > COMPILE_PAYS_AFTER:
             rate("stacked, compiled", max(2, max(rows, key=lambda r: r.rate).lanes))
+    # what an earlier sweep found out costs nothing, if it is for no more lanes than there will be
+    allowed = engines or ENGINES
+    rows += [row for row in known.others(rows) if row.engine in allowed and row.lanes <= power_of_two(wanted)]
     if not any(row.rate for row in rows):
         raise torch.OutOfMemoryError("no engine fits into memory, not even with one lane")
     fastest = max(rows, key=lambda r: r.rate)
     lanes = wanted if fastest.engine == "serial" else fastest.lanes
-    choice = Choice(fastest.engine, lanes, tuple(rows))
-    if path is not None:
-        plain = {"engine": choice.engine, "lanes": choice.lanes, "table": [asdict(r) for r in rows], **stamp}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(plain).encode())
-    return choice
+    return Choice(fastest.engine, lanes, tuple(rows), cached=known.save())
+
+
+class _Known:
+    """The rows of a program on a device that were ever measured, kept in a file."""
+
+    def __init__(self, folder: Path | None, family: Family, program: Any, device: torch.device | str):
+        self._stamp = {
+            "program": program_key(family.name, program),
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "code": code_digest(family),
+        }
+        name = hashlib.sha256(json.dumps(self._stamp).encode()).hexdigest()[:16]
+        self._path = folder / f"{name}.json" if folder else None
+        self._rows = self._read()
+        self._new: dict[tuple[str, int], Row] = {}
+
+    def _read(self) -> dict[tuple[str, int], Row]:
+        if self._path is None or not self._path.is_file():
+            return {}
+        table = [Row(**row) for row in json.loads(self._path.read_text())["table"]]
+        return {(row.engine, row.lanes): row for row in table}
+
+    def get(self, engine: str, lanes: int) -> Row | None:
+        return self._rows.get((engine, lanes))
+
+    def add(self, row: Row) -> None:
+        self._new[row.engine, row.lanes] = row
+
+    def others(self, rows: list[Row]) -> list[Row]:
+        """Those that are not among `rows`."""
+        return [row for row in self._rows.values() if row not in rows]
+
+    def save(self) -> bool:
+        """Keep what is new, beside what another device's host may have kept meanwhile. True: nothing is new."""
+        if self._new and self._path is not None:
+            table = [asdict(row) for row in {**self._read(), **self._new}.values()]
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, json.dumps({"table": table, **self._stamp}).encode())
+        return not self._new
+
+
+def code_digest(family: Family) -> str:
+    """Of the source of the engines and of the family: what was measured of other code may not hold."""
+    family_folder = Path(sys.modules[family.Program.__module__].__file__ or "").parent
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(draws.__file__).parent, family_folder):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def device_name(device: torch.device | str) -> str:

@@ -558,6 +558,32 @@ def test_on_a_gpu_no_row_costs_more_than_it_can_bring(monkeypatch, convolves, st
     assert choice.engine == max(choice.table, key=lambda row: row.rate).engine
 
 
+def test_a_longer_sweep_measures_only_what_a_shorter_one_did_not(tmp_path, monkeypatch):
+    family, program, hyper = build_case("tests.toys.regression", "plain")
+    measured = []
+
+    def measure(engine, hyper, lanes, seconds):
+        measured.append((engine, lanes))
+        return SPEEDS[engine] * {128: 1.2}.get(lanes, 1.0), 20.0
+
+    monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
+    monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
+    monkeypatch.setattr("lanes.probe.measure", measure)
+    turn = lambda steps, wanted=128: probe(
+        family, program, hyper, {}, "cuda", wanted=wanted, expected_steps=steps, cache=tmp_path
+    )
+    assert (turn(5e4).lanes, measured) == (32, [("serial", 1), (STACK, 32)])
+    longer = turn(8e4)
+    assert measured[2:] == [(STACK, 128)]
+    assert (longer.engine, longer.lanes, longer.cached) == (STACK, 128, False)
+    for steps, wanted, lanes in ((8e4, 128, 128), (5e4, 128, 128), (5e4, 40, 32)):
+        again = turn(steps, wanted)
+        assert (again.lanes, again.cached) == (lanes, True), "a known row costs nothing, where there are so many lanes"
+    monkeypatch.setattr("lanes.probe.code_digest", lambda family: "another")
+    assert not turn(5e4).cached
+    assert len(measured) == 5
+
+
 def test_where_the_first_number_of_lanes_does_not_fit_fewer_are_tried(monkeypatch):
     family, program, hyper = build_case("tests.toys.regression", "plain")
 
