@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
-from trainables.ci_vit import attention
+from trainables.ci_vit import attention, mlp
 from trainables.ci_vit.program import Program
 from trainables.family import dtype_of
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal cut at +-2: Flax divides by it."""
 
-LN_EPS = 1e-6
+LN_EPS = mlp.EPS
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,9 @@ def forward(
         h = _norm(x, block["ln1/scale"], block["ln1/bias"])
         mixed, distributions = _attend(program, h @ block["qkv/kernel"], block["qkv/bias"], "entropy" in watch)
         x = x + mixed.reshape(count * tokens, width) @ block["out/kernel"] + block["out/bias"]
-        h = _norm(x, block["ln2/scale"], block["ln2/bias"])
-        pre = h @ block["mlp_in/kernel"] + block["mlp_in/bias"]
-        active = torch.relu(pre)
-        x = x + active @ block["mlp_out/kernel"] + block["mlp_out/bias"]
-        if "fired" in seen:
-            seen["fired"].append((pre.detach() >= 0).sum(0))
-        if "activity" in seen:
-            seen["activity"].append(active.detach().mean(0))
+        x, found = _mlp(program, x, block, watch)
+        for name, value in found.items():
+            seen[name].append(value)
         if distributions is not None:
             seen["entropy"].append(_entropy(distributions).reshape(count, heads * tokens))
     cls_tokens = x.reshape(count, tokens, width)[:, 0]
@@ -178,6 +173,33 @@ def _attend(program: Program, product: Tensor, bias: Tensor, watched: bool) -> t
     if distributions is not None:
         distributions = distributions.detach()[:, :tokens] if watched else None
     return mixed.reshape(-1, program.width), distributions
+
+
+def _mlp(
+    program: Program, x: Tensor, block: Mapping[str, Tensor], watch: tuple[str, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The second half of one block: x with what the MLP adds, and "fired" and "activity" [neurons] if watched.
+
+    Args:
+        x: [rows, width].
+    """
+    kernels = block["mlp_in/kernel"], block["mlp_in/bias"], block["mlp_out/kernel"], block["mlp_out/bias"]
+    watched = tuple(name in watch for name in ("fired", "activity"))
+    if _fused_mlp(program, x.device):
+        x, fired, activity = mlp.fused(x, block["ln2/scale"], block["ln2/bias"], *kernels, *watched)
+    else:
+        w_in, b_in, w_out, b_out = kernels
+        pre = _norm(x, block["ln2/scale"], block["ln2/bias"]) @ w_in + b_in
+        active = torch.relu(pre)
+        x = x + active @ w_out + b_out
+        fired, activity = (pre.detach() >= 0).sum(0), active.detach().mean(0)
+    return x, {name: value for name, value in (("fired", fired), ("activity", activity)) if name in watch}
+
+
+def _fused_mlp(program: Program, device: torch.device) -> bool:
+    """Whether the MLP is the fused operator: in bf16 on a GPU. Elsewhere it is ordinary code."""
+    few = mlp.fits(program.width, program.neurons)
+    return few and program.precision == "bf16" and device.type == "cuda"
 
 
 def _fused(program: Program, device: torch.device) -> bool:
