@@ -262,7 +262,9 @@ def _forward_resident(
     folded += lane * WIDTH * neurons
     rounded += lane * WIDTH * neurons
     channel, unit = tl.arange(0, WIDTH), tl.arange(0, CHUNK)
-    ins, outs, sums = (), (), ()
+    ins: tl.tuple = ()
+    outs: tl.tuple = ()
+    sums: tl.tuple = ()
     for chunk in tl.static_range(neurons // CHUNK):
         ins += (tl.load(folded + _at(channel, chunk * CHUNK + unit, neurons)),)
         outs += (tl.load(rounded + _at(chunk * CHUNK + unit, channel, WIDTH)),)
@@ -274,7 +276,7 @@ def _forward_resident(
         xhat, _ = _standardised(_read(x, row, channel, rows, width), row, channel, rows, width, eps)
         xhat = xhat.to(folded.dtype.element_ty)
         total = tl.zeros((ROWS, WIDTH), tl.float32)
-        added = ()
+        added: tl.tuple = ()
         for chunk in tl.static_range(neurons // CHUNK):
             pre = tl.dot(xhat, ins[chunk], input_precision="ieee")
             active = tl.maximum(pre, 0.0)
@@ -326,7 +328,8 @@ def _backward_resident(
     folded += lane * WIDTH * neurons
     rounded += lane * WIDTH * neurons
     channel, unit = tl.arange(0, WIDTH), tl.arange(0, CHUNK)
-    ins, outs = (), ()
+    ins: tl.tuple = ()
+    outs: tl.tuple = ()
     for chunk in tl.static_range(neurons // CHUNK):
         ins += (tl.load(folded + _at(channel, chunk * CHUNK + unit, neurons)),)
         outs += (tl.load(rounded + _at(chunk * CHUNK + unit, channel, WIDTH)),)
