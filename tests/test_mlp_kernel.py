@@ -5,7 +5,9 @@ in sums of up to 200 terms. The kernels in float32 (Triton's interpreter): 2e-5 
 that sums of up to 768 terms add up. The kernels in bf16 (GPU): against ordinary code in float64, error in the 2-norm
 relative to the result's, with the residual taken off y and dx, where it would hide what is wrong. A bf16 step is 2^-8
 to 2^-7 of a value, so rounding one operand of a product gives 1.6e-3 and both 2.3e-3; of two or three products in a row
-that is below 6e-3. And not above 1.1 times the error of ordinary code under autocast, which rounds the products too.
+that is below 6e-3. That holds where no pre-activation is near ReLU's kink (`clear`). Else about one in 500 falls on the
+other side of it for the rounding, whole slopes come and go, and the gradients are off by some 4e-2, ordinary code's
+under autocast no less: then they are compared with those, over many rows, and may be 1.3 times as far off.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ SHAPES = [  # lanes, rows of each, width, neurons
     (2, 70, 48, 192),
     (1, 7, 16, 64),
     (3, 129, 32, 128),
-    (2, 33, 64, 256),
-    (1, 40, 192, 128),
+    (2, 33, 62, 256),
+    (1, 40, 17, 64),
 ]
-BIG = [(3, 6500, 48, 192), (2, 1300, 192, 768), (2, 333, 96, 384), (1, 500, 16, 256)]
+BIG = [(3, 6500, 48, 192), (2, 1300, 62, 256), (1, 1500, 16, 256)]
 NAMES = ("y", "x", "scale", "shift", "w_in", "b_in", "w_out", "b_out")
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:
-    """The gradient of the result, x, and the weights."""
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", clear: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """The gradient of the result, x, and the weights; with `clear` no pre-activation is near 0."""
     lanes, rows, width, neurons = shape
     generator = torch.Generator().manual_seed(sum(shape))
     draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)
@@ -48,7 +52,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> t
         1 + draw(lanes, width) / 4,
         draw(lanes, width) / 4,
         draw(lanes, width, neurons) * width**-0.5,
-        draw(lanes, neurons) / 4,
+        6 * draw(lanes, neurons).sign() if clear else draw(lanes, neurons) / 4,
         draw(lanes, neurons, width) * neurons**-0.5,
         draw(lanes, width) / 4,
     )
@@ -80,7 +84,8 @@ def check_in_float32(shape: tuple[int, ...]) -> None:
     """The kernels' results are the formulas'."""
     from trainables.ci_vit import mlp_kernel
 
-    slope, *rest = inputs(shape, torch.float32)
+    slope, x, *weights = inputs(shape, torch.float32)
+    rest = x, *(torch.stack([weight, weight], 1)[:, 1] for weight in weights)  # as one of two blocks' weights
     y, fired, activity = mlp.forward_formula(*rest, True, True)
     found = mlp_kernel.forward(*rest, mlp.EPS, True, True, products=torch.float32)
     assert_near(found[0], y, 2e-5)
@@ -93,6 +98,43 @@ def check_in_float32(shape: tuple[int, ...]) -> None:
     found = mlp_kernel.backward(slope, *rest[:6], mlp.EPS, products=torch.float32)
     for name, one, other in zip(NAMES[1:], found, slopes, strict=True):
         assert_near(one, other, 2e-5, name)
+
+
+def check_not_a_number(shape: tuple[int, ...], device: str) -> None:
+    """A lane of three with a weight that is not a number comes out as such, the others as ever."""
+    from trainables.ci_vit import mlp_kernel
+
+    slope, *rest = inputs(shape, torch.float32, device)
+    products = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def work():
+        y, fired, activity = mlp_kernel.forward(*rest, mlp.EPS, True, True, products)
+        return y, activity, *mlp_kernel.backward(slope + 0 * y, *rest[:6], mlp.EPS, products), fired
+
+    good = work()
+    rest[3][1, 0] = torch.nan
+    bad = work()
+    for one, other in zip(bad, good, strict=True):
+        one, other = (tensor.unflatten(0, (3, -1)) for tensor in (one, other))
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[2], other[2])
+    assert all(tensor.unflatten(0, (3, -1))[1].isnan().all() for tensor in bad[:-1])
+    assert not bad[-1][1].any()  # no pre-activation of its is >= 0
+
+
+def errors(drawn: tuple[torch.Tensor, ...]) -> list[tuple[str, float, float]]:
+    """Of the operators and of ordinary code under autocast: name of the result, error of the first, of the second."""
+    slope, *rest = drawn
+    exact = by_autograd(slope.double(), *(tensor.double() for tensor in rest))[:-1]
+    found = mlp.mlp_forward(*rest, False, False)[0], *mlp.mlp_backward(slope, *rest[:6])
+    with torch.autocast("cuda", torch.bfloat16):
+        usual = by_autograd(slope, *rest)[:-1]
+    residuals = rest[0], slope, *[0] * 6
+    out = []
+    for name, right, residual, *both in zip(NAMES, exact, residuals, found, usual, strict=True):
+        right = right - residual
+        out.append((name, *(float((one - residual - right).norm() / right.norm()) for one in both)))
+    return out
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -121,7 +163,7 @@ def test_gradients_of_lanes(compiled, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     dtype = torch.float64 if device == "cpu" else torch.float32
-    slope, x, *weights = inputs((3, 33, 16, 64), dtype, device)
+    slope, x, *weights = inputs((3, 33, 16, 64), dtype, device, clear=device == "cuda")
     x, slope = x[:33], slope[:33]
 
     def loss(weights, x):
@@ -201,7 +243,9 @@ def test_only_bf16_on_a_gpu_is_fused():
     for precision, device, fused in (("bf16", "cuda", True), ("bf16", "cpu", False), ("float32", "cuda", False)):
         _, program, _ = build_case("ci_vit", "vanilla", precision=precision, hidden=48)
         assert model._fused_mlp(program, torch.device(device)) is fused
-    assert not mlp.fits(257, 1024)
+    assert mlp.fits(62, 256)
+    assert not mlp.fits(63, 256)
+    assert not mlp.fits(62, 320)
     assert not mlp.fits(24, 96)
 
 
@@ -229,27 +273,26 @@ def test_kernels_equal_formulas_in_the_interpreter():
     run_interpreted(code)
 
 
+def test_lane_that_is_not_a_number_in_the_interpreter():
+    run_interpreted("from tests.test_mlp_kernel import check_not_a_number; check_not_a_number((3, 70, 48, 64), 'cpu')")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 class TestOnGpu:
     @pytest.mark.parametrize("shape", [*SHAPES, *BIG])
-    def test_kernels_are_no_worse_than_ordinary_code(self, shape):
-        slope, *rest = inputs(shape, torch.float32, "cuda")
-        *exact, pre = by_autograd(slope.double(), *(tensor.double() for tensor in rest))
-        y, fired, activity = mlp.mlp_forward(*rest, True, True)
-        found = [y, *mlp.mlp_backward(slope, *rest[:6])]
-        with torch.autocast("cuda", torch.bfloat16):
-            *usual, _ = by_autograd(slope, *rest)
-        for results in (exact, found, usual):
-            for place, residual in ((0, rest[0]), (1, slope)):
-                results[place] = results[place] - residual
-        for name, one, other, right in zip(NAMES, found, usual, exact, strict=True):
-            error, habit = (float((x.double() - right).norm() / right.norm()) for x in (one, other))
-            if name == "b_out":  # a plain sum in float32
-                assert error < 1e-5, name
-                continue
-            assert error < 6e-3, name
-            assert error < 1.1 * habit, name
+    def test_kernels_equal_ordinary_code(self, shape):
+        for name, error, habit in errors(inputs(shape, torch.float32, "cuda", clear=True)):
+            assert error < (1e-5 if name == "b_out" else 6e-3), name  # b_out's is a plain sum in float32
+            assert name == "b_out" or error < 1.3 * habit, name
+
+    @pytest.mark.parametrize("shape", BIG)
+    def test_kernels_are_no_worse_at_the_kink(self, shape):
+        drawn = inputs(shape, torch.float32, "cuda")
+        for name, error, habit in errors(drawn):
+            assert error < max(1e-5, 1.3 * habit), name
+        _, fired, activity = mlp.mlp_forward(*drawn[1:], True, True)
+        pre = ordinary(*(tensor.double() for tensor in drawn[1:]))[1]
         near = (pre.abs() < 4e-2).sum(1)  # bf16 operands put pre-activations of size 1 off by some 2e-3
         assert ((fired - (pre >= 0).sum(1)).abs() <= near).all()
         means = torch.relu(pre).mean(1)
@@ -267,20 +310,11 @@ class TestOnGpu:
                 assert torch.equal(alone, stacked.unflatten(0, (lanes, -1))[lane])
         assert rows == len(own[0])
 
-    @pytest.mark.parametrize("shape", [(3, 333, 48, 192), (3, 130, 192, 768)])
+    @pytest.mark.parametrize("shape", [(3, 333, 48, 192), (3, 130, 16, 256)])
     def test_spares_the_neighbours_of_a_lane_that_is_not_a_number(self, shape):
-        slope, *rest = inputs(shape, torch.float32, "cuda")
-        work = lambda: (*mlp.mlp_forward(*rest, True, True), *mlp.mlp_backward(slope, *rest[:6]))
-        good = work()
-        rest[3][1] = torch.nan
-        bad = work()
-        for one, other in zip(bad, good, strict=True):
-            one, other = (tensor.unflatten(0, (3, -1)) for tensor in (one, other))
-            assert torch.equal(one[0], other[0])
-            assert torch.equal(one[2], other[2])
-        assert bad[0].unflatten(0, (3, -1))[1].isnan().all()
+        check_not_a_number(shape, "cuda")
 
-    @pytest.mark.parametrize("shape", [(3, 333, 48, 192), (3, 130, 192, 768)])
+    @pytest.mark.parametrize("shape", [(3, 333, 48, 192), (3, 130, 16, 256)])
     def test_in_a_cuda_graph(self, shape):
         slope, *rest = inputs(shape, torch.float32, "cuda")
         work = lambda: (*mlp.mlp_forward(*rest, True, True), *mlp.mlp_backward(slope, *rest[:6]))

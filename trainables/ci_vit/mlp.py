@@ -22,14 +22,15 @@ from torch.utils.flop_counter import register_flop_formula
 from trainables.family import BadValue
 
 EPS = 1e-6
-MOST_WIDTH = 256
+MOST_WIDTH = 62
+MOST_NEURONS = 256
 CHUNK = 64
-"""A row must fit on the chip; the kernels take neurons by the chunk."""
+"""A lane's weights must fit on the chip, in tiles of 64 channels with two to spare; neurons are taken by the chunk."""
 
 
 def fits(width: int, neurons: int) -> bool:
     """Whether the kernels do rows of `width` channels and so many neurons."""
-    return 16 <= width <= MOST_WIDTH and neurons % CHUNK == 0
+    return 16 <= width <= MOST_WIDTH and neurons <= MOST_NEURONS and neurons % CHUNK == 0
 
 
 # --- the two operators: rows of all lanes joined, one set of weights a lane -------------------------------------------
@@ -98,7 +99,7 @@ def mlp_backward(
     """Gradients with respect to x, scale, shift, w_in, b_in, w_out, b_out from that with respect to y, [N, D].
 
     With xhat = (x - mean) / std of a row, pre worked out again, and sums over a lane's rows:
-    dactive = grad w_out^T,  dpre = dactive where pre > 0,  dh = dpre w_in^T,  dxhat = dh scale,
+    dactive = grad w_out^T,  dpre = dactive where not pre <= 0,  dh = dpre w_in^T,  dxhat = dh scale,
     dx = grad + (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) / std,
     dw_out = active^T grad,  db_out = sum grad,  dw_in = h^T dpre,  db_in = sum dpre,
     dscale = sum dh xhat,  dshift = sum dh.
@@ -114,7 +115,7 @@ def backward_formula(
     slope = grad.unflatten(0, (len(w_in), -1))
     h = xhat * scale.unsqueeze(1) + shift.unsqueeze(1)
     pre = h @ w_in + b_in.unsqueeze(1)
-    dpre = torch.where(pre > 0, slope @ w_out.transpose(-1, -2), 0)
+    dpre = torch.where(pre <= 0, 0, slope @ w_out.transpose(-1, -2))  # not a number stays so, as in autograd
     dh = dpre @ w_in.transpose(-1, -2)
     dxhat = dh * scale.unsqueeze(1)
     along = (dxhat * xhat).mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The MLP half of a block in a few GPU kernels, written in Triton: the hidden layer stays on the chip where it can.
+"""The MLP half of a block in a few GPU kernels, written in Triton: the hidden layer stays on the chip.
 
 LayerNorm's scale and shift are folded into the first product's weights and bias, once a lane (`_fold`):
 
@@ -9,12 +9,11 @@ need anyhow (`_finish`): with p = xhat^T dpre and q = sum of dpre over the rows,
 
     dw_in = scale * p + shift q,  dscale = sum over neurons of w_in * p,  dshift = w_in q.
 
-Two ways, by the width. Narrow nets (`resident`): a program instance keeps a lane's weights on the chip while it goes
-through its share of the lane's rows; backward another kernel does the weights' gradients, an instance a chunk of
-neurons, working the hidden layer out again from xhat and the gradient, which the first leaves in bf16. Wide nets: an
-instance does one block of rows and the weights stream past it; backward writes the hidden layer and its gradient in
-bf16 for two products that cuBLAS does. Shares are the same however many lanes there are, and sums over shares are taken
-in their order.
+A program instance keeps a lane's weights on the chip while it goes through its share of the lane's rows; backward
+another kernel does the weights' gradients, an instance a chunk of neurons, working the hidden layer out again from xhat
+and the gradient, which the first leaves in bf16. Shares are the same however many lanes there are, and sums over shares
+are taken in their order. Nets too wide to stay on the chip are left to cuBLAS: with the weights streaming past a block
+of rows these kernels were no faster (192 wide, H200).
 Triton comes with PyTorch's CUDA wheels; this module is imported only where a GPU asks for it.
 """
 
@@ -35,39 +34,19 @@ COUNTED = 255  # blocks of rows that an instance can count in the 8 bits of one 
 @dataclass(frozen=True)
 class Blocks:
     """How one kernel is cut: rows in a block, warps of a program instance, blocks on their way at once, neurons done at
-    a time, and into how many shares a lane's rows go (narrow nets)."""
+    a time, and into how many shares a lane's rows go."""
 
     rows: int
     warps: int
-    stages: int = 2
-    chunk: int = 64
-    shares: int = 4
+    stages: int
+    chunk: int
+    shares: int
 
 
-def resident(width: int, neurons: int) -> bool:
-    """Whether a lane's weights stay on the chip: two channels to spare in a tile of 64, at most 4 chunks of neurons."""
-    return width <= 62 and neurons <= 256
-
-
-def forward_blocks(width: int, neurons: int) -> Blocks:
-    """Of the forward kernel."""
-    return Blocks(128, 8, 2, shares=13) if resident(width, neurons) else Blocks(64, 4, 2)
-
-
-def backward_blocks(width: int, neurons: int) -> Blocks:
-    """Of the backward kernel."""
-    return Blocks(128, 8, 2, shares=13) if resident(width, neurons) else Blocks(64, 4, 2, chunk=32)
-
-
-def weights_blocks(width: int) -> Blocks:
-    """Of the kernel of a narrow net's weights' gradients."""
-    return Blocks(64, 4, 3, shares=4)
-
-
-def tiles(width: int) -> tuple[int, int]:
-    """The two tiles of a wide row's channels: the largest power of two not above `width`, and what holds the rest."""
-    first = 1 << (width.bit_length() - 1)
-    return first, 0 if first == width else max(LEAST, triton.next_power_of_2(width - first))
+FORWARD = Blocks(64, 4, 1, 64, 8)
+BACKWARD = Blocks(64, 4, 1, 64, 8)
+WEIGHTS = Blocks(64, 4, 4, 64, 2)
+"""Measured at 128 lanes of 6500 rows, 48 wide, 192 neurons, on an H200."""
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -105,43 +84,44 @@ def _centred(x, mean, channel, width: tl.constexpr):
 
 
 @triton.jit
+def _relu(x):
+    """Not a number stays so, as in the derivative `where(x <= 0, 0, slope)`: a lane that diverged must be seen to."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _fold(
     scale,
     shift,
     w_in,
     b_in,
     w_out,
+    lanes,
     folded,
-    bias,
     rounded,
     width: tl.constexpr,
     neurons: tl.constexpr,
-    WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """scale * w_in [WIDE, neurons] and w_out [neurons, WIDE] in the products' dtype, and shift @ w_in + b_in.
+    """scale * w_in [WIDTH, neurons] and w_out [neurons, WIDTH] in the products' dtype; `lanes`: the weights' strides.
 
-    Rows and columns after `width` are 0, but for two rows that add up to the bias: a row of x with 1 there gets it.
+    Rows and columns after `width` are 0, but for two rows that add up to shift @ w_in + b_in: a row of x with 1 there
+    gets it.
     """
     lane = tl.program_id(0).to(tl.int64)
     channel, neuron = tl.arange(0, WIDTH), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = channel < width
-    s = tl.load(scale + lane * width + channel, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(shift + lane * width + channel, mask=inside, other=0.0).to(tl.float32)
-    at = lane * width * neurons + _at(channel, neuron, neurons)
-    w = tl.load(w_in + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    total = tl.load(b_in + lane * neurons + neuron).to(tl.float32) + tl.sum(b[:, None] * w, 0)
-    tl.store(bias + lane * neurons + neuron, total)
+    s = tl.load(scale + lane * lanes[0] + channel, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(shift + lane * lanes[1] + channel, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(w_in + lane * lanes[2] + _at(channel, neuron, neurons), mask=inside[:, None], other=0.0).to(tl.float32)
+    total = tl.load(b_in + lane * lanes[3] + neuron).to(tl.float32) + tl.sum(b[:, None] * w, 0)
     coarse = total.to(folded.dtype.element_ty).to(tl.float32)
     value = tl.where((channel == width)[:, None], coarse[None, :], s[:, None] * w)
     value = tl.where((channel == width + 1)[:, None], (total - coarse)[None, :], value)
-    at = lane * WIDE * neurons + _at(channel, neuron, neurons)
-    tl.store(folded + at, value.to(folded.dtype.element_ty), mask=(channel < WIDE)[:, None])
-    at = lane * width * neurons + _at(neuron, channel, width)
-    w = tl.load(w_out + at, mask=inside[None, :], other=0.0)
-    at = lane * WIDE * neurons + _at(neuron, channel, WIDE)
-    tl.store(rounded + at, w.to(rounded.dtype.element_ty), mask=(channel < WIDE)[None, :])
+    tl.store(folded + lane * WIDTH * neurons + _at(channel, neuron, neurons), value.to(folded.dtype.element_ty))
+    w = tl.load(w_out + lane * lanes[4] + _at(neuron, channel, width), mask=inside[None, :], other=0.0)
+    tl.store(rounded + lane * WIDTH * neurons + _at(neuron, channel, WIDTH), w.to(rounded.dtype.element_ty))
 
 
 @triton.jit
@@ -149,6 +129,7 @@ def _finish(
     scale,
     shift,
     w_in,
+    lanes,
     p,
     q,
     dwo,
@@ -159,25 +140,23 @@ def _finish(
     to_b_in,
     to_w_out,
     to_b_out,
-    p_shares: tl.constexpr,
-    q_shares: tl.constexpr,
+    shares: tl.constexpr,
     dbo_shares: tl.constexpr,
     width: tl.constexpr,
     neurons: tl.constexpr,
     CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ADD: tl.constexpr,
 ):
-    """A few channels' gradients from the shares' sums; with ADD also w_out's, which else is done.
+    """A few channels' gradients from the shares' sums; `lanes`: the strides of scale, shift and w_in.
 
-    p, dwo [G, p_shares, neurons, width], q [G, q_shares, neurons], dbo [G, dbo_shares, width].
+    p, dwo [G, shares, neurons, width], q [G, shares, neurons], dbo [G, dbo_shares, width].
     """
     lane = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < width
     size: tl.constexpr = neurons * width
-    s = tl.load(scale + lane * width + channel, mask=inside, other=0.0)[None, :]
-    b = tl.load(shift + lane * width + channel, mask=inside, other=0.0)[None, :]
+    s = tl.load(scale + lane * lanes[0] + channel, mask=inside, other=0.0)[None, :]
+    b = tl.load(shift + lane * lanes[1] + channel, mask=inside, other=0.0)[None, :]
     dscale = tl.zeros((CHANNELS,), tl.float32)
     dshift = tl.zeros((CHANNELS,), tl.float32)
     for start in tl.range(0, neurons, CHUNK):
@@ -185,23 +164,20 @@ def _finish(
         at = _at(neuron, channel, width)
         p_sum = tl.zeros((CHUNK, CHANNELS), tl.float32)
         dwo_sum = tl.zeros((CHUNK, CHANNELS), tl.float32)
-        for share in tl.range(0, p_shares):
-            here = (lane * p_shares + share) * size + at
-            p_sum += tl.load(p + here, mask=inside[None, :], other=0.0)
-            if ADD:
-                dwo_sum += tl.load(dwo + here, mask=inside[None, :], other=0.0)
         q_sum = tl.zeros((CHUNK,), tl.float32)
-        for share in tl.range(0, q_shares):
-            q_sum += tl.load(q + (lane * q_shares + share) * neurons + neuron)
-        turned = lane * size + neuron[:, None] + channel[None, :] * neurons
-        w = tl.load(w_in + turned, mask=inside[None, :], other=0.0)
+        for share in tl.range(0, shares):
+            place = lane * shares + share
+            p_sum += tl.load(p + place * size + at, mask=inside[None, :], other=0.0)
+            dwo_sum += tl.load(dwo + place * size + at, mask=inside[None, :], other=0.0)
+            q_sum += tl.load(q + place * neurons + neuron)
+        turned = neuron[:, None] + channel[None, :] * neurons
+        w = tl.load(w_in + lane * lanes[2] + turned, mask=inside[None, :], other=0.0)
         dscale += tl.sum(w * p_sum, 0)
         dshift += tl.sum(w * q_sum[:, None], 0)
-        tl.store(to_w_in + turned, s * p_sum + b * q_sum[:, None], mask=inside[None, :])
+        tl.store(to_w_in + lane * size + turned, s * p_sum + b * q_sum[:, None], mask=inside[None, :])
+        tl.store(to_w_out + lane * size + at, dwo_sum, mask=inside[None, :])
         if tl.program_id(1) == 0:
             tl.store(to_b_in + lane * neurons + neuron, q_sum)
-        if ADD:
-            tl.store(to_w_out + lane * size + at, dwo_sum, mask=inside[None, :])
     dbo_sum = tl.zeros((CHANNELS,), tl.float32)
     for share in tl.range(0, dbo_shares):
         dbo_sum += tl.load(dbo + (lane * dbo_shares + share) * width + channel, mask=inside, other=0.0)
@@ -222,7 +198,7 @@ def _add_up(parts, out, shares: tl.constexpr, size, factor, BLOCK: tl.constexpr)
     tl.store(out + lane * size + place, (total * factor).to(out.dtype.element_ty), mask=inside)
 
 
-# --- narrow nets: the weights stay on the chip ------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -235,11 +211,12 @@ def _standardised(x, row, channel, rows, width: tl.constexpr, eps):
 
 
 @triton.jit
-def _forward_resident(
+def _forward(
     x,
     folded,
     rounded,
     b_out,
+    b_out_lane,
     y,
     fired,
     activity,
@@ -269,7 +246,7 @@ def _forward_resident(
         ins += (tl.load(folded + _at(channel, chunk * CHUNK + unit, neurons)),)
         outs += (tl.load(rounded + _at(chunk * CHUNK + unit, channel, WIDTH)),)
         sums += (tl.zeros((CHUNK,), tl.float32),)
-    last_bias = tl.load(b_out + lane * width + channel, mask=channel < width, other=0.0).to(tl.float32)
+    last_bias = tl.load(b_out + lane * b_out_lane + channel, mask=channel < width, other=0.0).to(tl.float32)
     counts = tl.zeros((ROWS, CHUNK), tl.int32)  # 8 bits a chunk: added up over the rows only once, at the end
     for step in tl.range(0, STEPS, num_stages=STAGES):
         row = (share * STEPS + step) * ROWS + tl.arange(0, ROWS)
@@ -279,7 +256,7 @@ def _forward_resident(
         added: tl.tuple = ()
         for chunk in tl.static_range(neurons // CHUNK):
             pre = tl.dot(xhat, ins[chunk], input_precision="ieee")
-            active = tl.maximum(pre, 0.0)
+            active = _relu(pre)
             if FIRED:
                 counts += tl.where(pre >= 0, 1 << (8 * chunk), 0)
             if ACTIVITY:
@@ -288,17 +265,18 @@ def _forward_resident(
         if ACTIVITY:
             sums = added
         _write(y, _again(x, row, channel, rows, width) + total + last_bias[None, :], row, channel, rows, width)
-    # in a row beyond the last every pre-activation is 0
+    # in a row beyond the last every pre-activation is 0, or not a number as in all rows: then there is none to take off
     beyond = tl.minimum(tl.maximum((share + 1) * STEPS * ROWS - rows, 0), STEPS * ROWS)
     for chunk in tl.static_range(neurons // CHUNK):
         if FIRED:
-            tl.store(fired + place + chunk * CHUNK + unit, tl.sum((counts >> (8 * chunk)) & 255, 0) - beyond)
+            count = tl.maximum(tl.sum((counts >> (8 * chunk)) & 255, 0) - beyond, 0)
+            tl.store(fired + place + chunk * CHUNK + unit, count)
         if ACTIVITY:
             tl.store(activity + place + chunk * CHUNK + unit, sums[chunk])
 
 
 @triton.jit
-def _backward_resident(
+def _backward(
     grad,
     x,
     folded,
@@ -317,7 +295,7 @@ def _backward_resident(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx, and for `_weights_resident` xhat and grad in the products' dtype, [N, WIDTH]."""
+    """dx, and for `_weights` xhat and grad in the products' dtype, [N, WIDTH]."""
     lane, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = lane * tl.num_programs(1) + share
     x += lane * rows * width
@@ -347,7 +325,7 @@ def _backward_resident(
         for chunk in tl.static_range(neurons // CHUNK):
             pre = tl.dot(operand, ins[chunk], input_precision="ieee")
             dactive = tl.dot(g, tl.trans(outs[chunk]), input_precision="ieee")
-            dpre = tl.where(pre > 0, dactive, 0.0).to(folded.dtype.element_ty)
+            dpre = tl.where(pre <= 0, 0.0, dactive).to(folded.dtype.element_ty)
             dxhat = tl.dot(dpre, tl.trans(ins[chunk]), dxhat, input_precision="ieee")
         dxhat = tl.where((channel < width)[None, :], dxhat, 0.0)
         mean = tl.sum(dxhat, 1) / width
@@ -358,7 +336,7 @@ def _backward_resident(
 
 
 @triton.jit
-def _weights_resident(
+def _weights(
     standard,
     slope,
     folded,
@@ -394,197 +372,14 @@ def _weights_resident(
         g = tl.load(slope + _at(row, channel, WIDTH), mask=(row < rows)[:, None], other=0.0)
         pre = tl.dot(tl.trans(w_in), tl.trans(h), input_precision="ieee")
         dactive = tl.dot(w_out, tl.trans(g), input_precision="ieee")
-        active = tl.maximum(pre, 0.0).to(h.dtype)
-        dpre = tl.where(pre > 0, dactive, 0.0).to(h.dtype)
+        active = _relu(pre).to(h.dtype)
+        dpre = tl.where(pre <= 0, 0.0, dactive).to(h.dtype)
         dwo_sum = tl.dot(active, g, dwo_sum, input_precision="ieee")
         p_sum = tl.dot(dpre, h, p_sum, input_precision="ieee")
     at, inside = place * width * neurons + _at(neuron, channel, width), (channel < width)[None, :]
     tl.store(p + at, p_sum, mask=inside)
     tl.store(dwo + at, dwo_sum, mask=inside)
     tl.store(q + place * neurons + neuron, tl.sum(tl.where((channel == width)[None, :], p_sum, 0.0), 1))
-
-
-# --- wide nets: the weights stream past a block of rows ---------------------------------------------------------------
-
-
-@triton.jit
-def _forward_streamed(
-    x,
-    folded,
-    bias,
-    rounded,
-    b_out,
-    y,
-    fired,
-    activity,
-    rows,
-    eps,
-    width: tl.constexpr,
-    neurons: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    FIRED: tl.constexpr,
-    ACTIVITY: tl.constexpr,
-):
-    block, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    place = (lane * tl.num_programs(0) + block) * neurons
-    x += lane * rows * width
-    y += lane * rows * width
-    folded += lane * width * neurons
-    rounded += lane * width * neurons
-    row = block * ROWS + tl.arange(0, ROWS)
-    channel, unit = tl.arange(0, FIRST), tl.arange(0, CHUNK)
-    x0 = _read(x, row, channel, rows, width)
-    mean = tl.sum(x0, 1)
-    if REST:
-        more = FIRST + tl.arange(0, REST)
-        x1 = _read(x, row, more, rows, width)
-        mean += tl.sum(x1, 1)
-    mean /= width
-    x0 = _centred(x0, mean, channel, width)
-    square = tl.sum(x0 * x0, 1)
-    if REST:
-        x1 = _centred(x1, mean, more, width)
-        square += tl.sum(x1 * x1, 1)
-    rstd = tl.rsqrt(square / width + eps)[:, None]
-    h0 = (x0 * rstd).to(folded.dtype.element_ty)
-    total0 = tl.zeros((ROWS, FIRST), tl.float32)
-    if REST:
-        h1 = (x1 * rstd).to(folded.dtype.element_ty)
-        total1 = tl.zeros((ROWS, REST), tl.float32)
-    for start in tl.range(0, neurons, CHUNK, num_stages=STAGES):
-        neuron = start + unit
-        in0 = tl.load(folded + _at(channel, neuron, neurons))
-        out0 = tl.load(rounded + _at(neuron, channel, width))
-        pre = tl.dot(h0, in0, input_precision="ieee")
-        if REST:
-            in1 = tl.load(folded + _at(more, neuron, neurons), mask=(more < width)[:, None], other=0.0)
-            out1 = tl.load(rounded + _at(neuron, more, width), mask=(more < width)[None, :], other=0.0)
-            pre = tl.dot(h1, in1, pre, input_precision="ieee")
-        pre += tl.load(bias + lane * neurons + neuron)[None, :]
-        active = tl.maximum(pre, 0.0)
-        if FIRED:
-            tl.store(fired + place + neuron, tl.sum(((pre >= 0) & (row < rows)[:, None]).to(tl.int32), 0))
-        if ACTIVITY:
-            tl.store(activity + place + neuron, tl.sum(tl.where((row < rows)[:, None], active, 0.0), 0))
-        active = active.to(folded.dtype.element_ty)
-        total0 = tl.dot(active, out0, total0, input_precision="ieee")
-        if REST:
-            total1 = tl.dot(active, out1, total1, input_precision="ieee")
-    total0 += tl.load(b_out + lane * width + channel).to(tl.float32)[None, :]
-    _write(y, _read(x, row, channel, rows, width) + total0, row, channel, rows, width)
-    if REST:
-        total1 += tl.load(b_out + lane * width + more, mask=more < width, other=0.0).to(tl.float32)[None, :]
-        _write(y, _read(x, row, more, rows, width) + total1, row, more, rows, width)
-
-
-@triton.jit
-def _backward_streamed(
-    grad,
-    x,
-    folded,
-    bias,
-    rounded,
-    dx,
-    standard,
-    slope,
-    hidden,
-    to_hidden,
-    q,
-    dbo,
-    rows,
-    eps,
-    width: tl.constexpr,
-    neurons: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dx, and what the weights' gradients are products of, in their dtype: xhat, grad, ReLU's result and dpre."""
-    block, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    place = lane * tl.num_programs(0) + block
-    x += lane * rows * width
-    grad += lane * rows * width
-    dx += lane * rows * width
-    standard += lane * rows * width
-    slope += lane * rows * width
-    hidden += lane * rows * neurons
-    to_hidden += lane * rows * neurons
-    folded += lane * width * neurons
-    rounded += lane * width * neurons
-    row = block * ROWS + tl.arange(0, ROWS)
-    channel, unit = tl.arange(0, FIRST), tl.arange(0, CHUNK)
-    x0 = _read(x, row, channel, rows, width)
-    mean = tl.sum(x0, 1)
-    if REST:
-        more = FIRST + tl.arange(0, REST)
-        x1 = _read(x, row, more, rows, width)
-        mean += tl.sum(x1, 1)
-    mean /= width
-    x0 = _centred(x0, mean, channel, width)
-    square = tl.sum(x0 * x0, 1)
-    if REST:
-        x1 = _centred(x1, mean, more, width)
-        square += tl.sum(x1 * x1, 1)
-    rstd = tl.rsqrt(square / width + eps)[:, None]
-    g = _read(grad, row, channel, rows, width)
-    tl.store(dbo + place * width + channel, tl.sum(g, 0))
-    _write(standard, x0 * rstd, row, channel, rows, width)
-    _write(slope, g, row, channel, rows, width)
-    dh0 = tl.zeros((ROWS, FIRST), tl.float32)
-    if REST:
-        g = _read(grad, row, more, rows, width)
-        tl.store(dbo + place * width + more, tl.sum(g, 0), mask=more < width)
-        _write(standard, x1 * rstd, row, more, rows, width)
-        _write(slope, g, row, more, rows, width)
-        dh1 = tl.zeros((ROWS, REST), tl.float32)
-    # read back, now that all threads have written: what is loaded goes to shared memory, what is computed would take up
-    # registers
-    tl.debug_barrier()
-    inside = (row < rows)[:, None] & (channel < width)[None, :]
-    h0 = tl.load(standard + _at(row, channel, width), mask=inside, other=0.0)
-    g0 = tl.load(slope + _at(row, channel, width), mask=inside, other=0.0)
-    if REST:
-        inside = (row < rows)[:, None] & (more < width)[None, :]
-        h1 = tl.load(standard + _at(row, more, width), mask=inside, other=0.0)
-        g1 = tl.load(slope + _at(row, more, width), mask=inside, other=0.0)
-    for start in tl.range(0, neurons, CHUNK, num_stages=STAGES):
-        neuron = start + unit
-        in0 = tl.load(folded + _at(channel, neuron, neurons))
-        out0 = tl.load(rounded + _at(neuron, channel, width))
-        pre = tl.dot(h0, in0, input_precision="ieee")
-        dactive = tl.dot(g0, tl.trans(out0), input_precision="ieee")
-        if REST:
-            in1 = tl.load(folded + _at(more, neuron, neurons), mask=(more < width)[:, None], other=0.0)
-            out1 = tl.load(rounded + _at(neuron, more, width), mask=(more < width)[None, :], other=0.0)
-            pre = tl.dot(h1, in1, pre, input_precision="ieee")
-            dactive = tl.dot(g1, tl.trans(out1), dactive, input_precision="ieee")
-        pre += tl.load(bias + lane * neurons + neuron)[None, :]
-        dpre = tl.where(pre > 0, dactive, 0.0)
-        tl.store(q + place * neurons + neuron, tl.sum(dpre, 0))
-        dpre = dpre.to(folded.dtype.element_ty)
-        _write(hidden, tl.maximum(pre, 0.0), row, neuron, rows, neurons)
-        _write(to_hidden, dpre, row, neuron, rows, neurons)
-        dh0 = tl.dot(dpre, tl.trans(in0), dh0, input_precision="ieee")
-        if REST:
-            dh1 = tl.dot(dpre, tl.trans(in1), dh1, input_precision="ieee")
-    x0 = _centred(_read(x, row, channel, rows, width), mean, channel, width) * rstd
-    mean_slope, along = tl.sum(dh0, 1), tl.sum(dh0 * x0, 1)
-    if REST:
-        x1 = _centred(_read(x, row, more, rows, width), mean, more, width) * rstd
-        mean_slope += tl.sum(dh1, 1)
-        along += tl.sum(dh1 * x1, 1)
-    mean_slope, along = (mean_slope / width)[:, None], (along / width)[:, None]
-    dh0 = (dh0 - mean_slope - x0 * along) * rstd
-    _write(dx, _read(grad, row, channel, rows, width) + dh0, row, channel, rows, width)
-    if REST:
-        dh1 = (dh1 - mean_slope - x1 * along) * rstd
-        _write(dx, _read(grad, row, more, rows, width) + dh1, row, more, rows, width)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -602,26 +397,34 @@ def forward(
     fired: bool,
     activity: bool,
     products: torch.dtype = torch.bfloat16,
-    blocks: Blocks | None = None,
+    blocks: Blocks = FORWARD,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `mlp.mlp_forward`; `products` is the dtype of what is multiplied."""
-    x, scale, shift, w_in, b_in, w_out, b_out = (
-        tensor.contiguous() for tensor in (x, scale, shift, w_in, b_in, w_out, b_out)
-    )
+    x, b_out = x.contiguous(), _by_lane(b_out)
     lanes, width, neurons = w_in.shape
     rows = len(x) // lanes
-    narrow, blocks = resident(width, neurons), blocks or forward_blocks(width, neurons)
-    shares, steps = _shares(rows, blocks) if narrow else (triton.cdiv(rows, blocks.rows), 1)
+    shares, steps = _shares(rows, blocks)
     y = torch.empty_like(x)
     counts = x.new_empty(lanes, shares, neurons if fired else 0, dtype=torch.int32)
     sums = x.new_empty(lanes, shares, neurons if activity else 0)
-    folded, bias, rounded = _folded(scale, shift, w_in, b_in, w_out, products)
-    common = (rounded, b_out, y, counts, sums, rows, eps, width, neurons)
-    seen = {"FIRED": fired, "ACTIVITY": activity}
-    if narrow:
-        _forward_resident[(lanes, shares)](x, folded, *common, _padded(width), steps, **_cut(blocks), **seen)
-    else:
-        _forward_streamed[(shares, lanes)](x, folded, bias, *common, *tiles(width), **_cut(blocks), **seen)
+    _forward[(lanes, shares)](
+        x,
+        *_folded(scale, shift, w_in, b_in, w_out, products),
+        b_out,
+        b_out.stride(0),
+        y,
+        counts,
+        sums,
+        rows,
+        eps,
+        width,
+        neurons,
+        _padded(width),
+        steps,
+        **_cut(blocks),
+        FIRED=fired,
+        ACTIVITY=activity,
+    )
     return y, _added_up(counts, 1), _added_up(sums, 1 / rows)
 
 
@@ -635,83 +438,56 @@ def backward(
     w_out: Tensor,
     eps: float,
     products: torch.dtype = torch.bfloat16,
-    blocks: Blocks | None = None,
-    weights: Blocks | None = None,
+    blocks: Blocks = BACKWARD,
+    weights: Blocks = WEIGHTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `mlp.mlp_backward`."""
-    grad, x, scale, shift, w_in, b_in, w_out = (
-        tensor.contiguous() for tensor in (grad, x, scale, shift, w_in, b_in, w_out)
-    )
+    grad, x = grad.contiguous(), x.contiguous()
+    scale, shift, w_in = _by_lane(scale), _by_lane(shift), _by_lane(w_in)
     lanes, width, neurons = w_in.shape
-    rows = len(x) // lanes
-    narrow, blocks = resident(width, neurons), blocks or backward_blocks(width, neurons)
-    shares, steps = _shares(rows, blocks) if narrow else (triton.cdiv(rows, blocks.rows), 1)
-    folded, bias, rounded = _folded(scale, shift, w_in, b_in, w_out, products)
-    dx, dbo = torch.empty_like(x), x.new_empty(lanes, shares, width)
-    wide = _padded(width) if narrow else width
+    rows, wide = len(x) // lanes, _padded(width)
+    folded, rounded = _folded(scale, shift, w_in, b_in, w_out, products)
+    dbo_shares, steps = _shares(rows, blocks)
+    dx, dbo = torch.empty_like(x), x.new_empty(lanes, dbo_shares, width)
     standard, slope = x.new_empty(2, lanes, rows, wide, dtype=products).unbind(0)
-    if narrow:
-        _backward_resident[(lanes, shares)](
-            grad, x, folded, rounded, dx, standard, slope, dbo, rows, eps, width, neurons, wide, steps, **_cut(blocks)
-        )
-        blocks = weights or weights_blocks(width)
-        shares, steps = _shares(rows, blocks)
-        q, p, dwo = _empty(
-            x, (lanes, shares, neurons), (lanes, shares, neurons, width), (lanes, shares, neurons, width)
-        )
-        _weights_resident[(neurons // blocks.chunk, shares, lanes)](
-            standard, slope, folded, rounded, p, q, dwo, rows, width, neurons, wide, steps, **_cut(blocks)
-        )
-    else:
-        hidden, to_hidden = x.new_empty(2, lanes, rows, neurons, dtype=products).unbind(0)
-        q = x.new_empty(lanes, shares, neurons)
-        _backward_streamed[(shares, lanes)](
-            grad, x, folded, bias, rounded, dx, standard, slope, hidden, to_hidden, q, dbo, rows, eps, width, neurons,
-            *tiles(width), **_cut(blocks),
-        )  # fmt: skip
-        p, dwo = _product(to_hidden, standard).unsqueeze(1), _product(hidden, slope)
-    to_scale, to_shift, to_w_in, to_b_in, to_b_out = _empty(
-        x, scale.shape, shift.shape, w_in.shape, b_in.shape, scale.shape
+    _backward[(lanes, dbo_shares)](
+        grad, x, folded, rounded, dx, standard, slope, dbo, rows, eps, width, neurons, wide, steps, **_cut(blocks)
     )
-    to_w_out = torch.empty_like(w_out) if narrow else dwo
+    shares, steps = _shares(rows, weights)
+    p, dwo = x.new_empty(2, lanes, shares, neurons, width).unbind(0)
+    q = x.new_empty(lanes, shares, neurons)
+    _weights[(neurons // weights.chunk, shares, lanes)](
+        standard, slope, folded, rounded, p, q, dwo, rows, width, neurons, wide, steps, **_cut(weights)
+    )
+    like = (scale, shift, w_in, b_in, w_out, scale)
+    to_scale, to_shift, to_w_in, to_b_in, to_w_out, to_b_out = (x.new_empty(tensor.shape) for tensor in like)
     slopes = (to_scale, to_shift, to_w_in, to_b_in, to_w_out, to_b_out)
     _finish[(lanes, triton.cdiv(width, CHANNELS))](
-        scale, shift, w_in, p, q, dwo, dbo, *slopes, p.shape[1], q.shape[1], dbo.shape[1], width, neurons,
-        CHANNELS=CHANNELS, CHUNK=64, ADD=narrow,
+        scale, shift, w_in, _strides(scale, shift, w_in), p, q, dwo, dbo, *slopes, shares, dbo_shares, width, neurons,
+        CHANNELS=CHANNELS, CHUNK=64,
     )  # fmt: skip
     return dx, *slopes
 
 
 def _folded(
     scale: Tensor, shift: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, products: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What `_fold` makes."""
     lanes, width, neurons = w_in.shape
-    wide = _padded(width) if resident(width, neurons) else width
+    weights, wide, chunk = tuple(map(_by_lane, (scale, shift, w_in, b_in, w_out))), _padded(width), 32
     folded, rounded = w_in.new_empty(2, lanes, wide * neurons, dtype=products).unbind(0)
-    bias, chunk = torch.empty_like(b_in), 32
-    _fold[(lanes, neurons // chunk)](
-        scale,
-        shift,
-        w_in,
-        b_in,
-        w_out,
-        folded,
-        bias,
-        rounded,
-        width,
-        neurons,
-        wide,
-        triton.next_power_of_2(wide),
-        chunk,
-    )
-    return folded, bias, rounded
+    _fold[(lanes, neurons // chunk)](*weights, _strides(*weights), folded, rounded, width, neurons, wide, chunk)
+    return folded, rounded
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T @ right of every lane in float32."""
-    turned = left.transpose(-1, -2)
-    return torch.bmm(turned, right, out_dtype=torch.float32) if left.is_cuda else (turned @ right).float()
+def _by_lane(weight: Tensor) -> Tensor:
+    """A weight whose lanes are contiguous each: it comes as a block's part of all blocks' weights, and stays there."""
+    return weight if weight[0].is_contiguous() else weight.contiguous()
+
+
+def _strides(*weights: Tensor) -> tuple[int, ...]:
+    """From one lane to the next."""
+    return tuple(weight.stride(0) for weight in weights)
 
 
 def _added_up(parts: Tensor, factor: float) -> Tensor:
@@ -733,10 +509,6 @@ def _cut(blocks: Blocks) -> dict[str, int]:
     return {"CHUNK": blocks.chunk, "ROWS": blocks.rows, "STAGES": blocks.stages, "num_warps": blocks.warps}
 
 
-def _empty(like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(shape) for shape in shapes)
-
-
 def _padded(width: int) -> int:
-    """Channels of a narrow row's tile: at least two to spare."""
+    """Channels of a row's tile: at least two to spare."""
     return max(LEAST, triton.next_power_of_2(width + 2))
