@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share: a capture that is replayed, the interpreter that takes CPU tensors, closeness."""
+"""What tests of Triton kernels share: a capture that is replayed, and the interpreter that takes CPU tensors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,6 @@ def assert_replays(work: Callable[[], Sequence[Tensor]], changed: Tensor) -> Non
     graph.replay()
     for found, expected in zip(captured, work(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def assert_near(found: Tensor, expected: Tensor, limit: float, name: str = "") -> None:
-    """Off by at most `limit` times the largest expected value."""
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=limit * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
-    )
 
 
 def run_interpreted(code: str) -> None:

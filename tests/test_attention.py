@@ -24,7 +24,6 @@ from lanes.probe import make_engine
 from tests.families import arrays_of, build_case
 from tests.gpu_kernels import assert_replays, run_interpreted
 from trainables.ci_vit import attention, model
-from trainables.ci_vit.operators import gpu_kernel
 from trainables.draws import counter
 from trainables.family import BadValue, hyper_tensors
 
@@ -195,7 +194,7 @@ def test_missing_triton_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "trainables.ci_vit.attention_kernel", raising=False)
     with pytest.raises(BadValue, match="needs triton"):
-        gpu_kernel("attention_kernel")
+        attention.gpu_kernel()
 
 
 def test_kernels_equal_formulas_in_the_interpreter():

@@ -23,9 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lanes.probe import make_engine
 from tests.families import arrays_of, build_case
-from tests.gpu_kernels import assert_near, assert_replays, run_interpreted
+from tests.gpu_kernels import assert_replays, run_interpreted
 from trainables.ci_vit import mlp, model
-from trainables.ci_vit.operators import gpu_kernel
 from trainables.draws import counter
 from trainables.family import BadValue, hyper_tensors
 
@@ -73,6 +72,12 @@ def by_autograd(slope, *leaves) -> tuple[torch.Tensor, ...]:
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     y, pre = ordinary(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, slope), pre
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, limit: float, name: str = "") -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=limit * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
+    )
 
 
 def check_in_float32(shape: tuple[int, ...]) -> None:
@@ -260,7 +265,7 @@ def test_missing_triton_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "trainables.ci_vit.mlp_kernel", raising=False)
     with pytest.raises(BadValue, match="needs triton"):
-        gpu_kernel("mlp_kernel")
+        mlp.gpu_kernel()
 
 
 def test_kernels_equal_formulas_in_the_interpreter():

@@ -15,12 +15,14 @@ their gradient are rounded to bf16 in memory as well.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.ci_vit.operators import gpu_kernel, lanes_first
+from trainables.family import BadValue
 
 MOST_POSITIONS = 128
 MOST_WIDTH = 64
@@ -131,31 +133,43 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @attention_forward.register_kernel("cuda")
 def _(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return gpu_kernel("attention_kernel").forward(qkv, bias)
+    return gpu_kernel().forward(qkv, bias)
 
 
 @attention_backward.register_kernel("cuda")
 def _(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
-    return gpu_kernel("attention_kernel").backward(grad, qkv, bias, lse)
+    return gpu_kernel().backward(grad, qkv, bias, lse)
+
+
+def gpu_kernel() -> ModuleType:
+    """The module of the GPU kernels. Raises `BadValue` where Triton is missing."""
+    try:
+        from trainables.ci_vit import attention_kernel
+    except ImportError as error:
+        raise BadValue(
+            f"attention in bf16 on a GPU needs triton, which is not installed here ({error}): install it, or take "
+            "precision=float32"
+        ) from error
+    return attention_kernel
+
+
+def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
+    """The lane axis joined to the first one, [L, N, ...] -> [L * N, ...]."""
+    stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return stacked.flatten(0, 1)
 
 
 @attention_forward.register_vmap
-def _(info, dims, qkv, bias):
-    lanes = info.batch_size
-    out, lse = attention_forward(lanes_first(qkv, dims[0], lanes), _biases(bias, dims[1], lanes))
-    return (out.unflatten(0, (lanes, -1)), lse.unflatten(0, (lanes, -1))), (0, 0)
+def _(info, dims, *args):
+    joined = (_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True))
+    out, lse = attention_forward(*joined)
+    return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
 @attention_backward.register_vmap
-def _(info, dims, grad, qkv, bias, lse):
-    lanes = info.batch_size
-    grad, qkv, lse = (lanes_first(*pair, lanes) for pair in ((grad, dims[0]), (qkv, dims[1]), (lse, dims[3])))
-    return attention_backward(grad, qkv, _biases(bias, dims[2], lanes), lse).unflatten(0, (lanes, -1)), 0
-
-
-def _biases(bias: Tensor, dim: int | None, lanes: int) -> Tensor:
-    """As `lanes_first`, but one bias that all lanes share stays one."""
-    return bias if dim is None and len(bias) == 1 else lanes_first(bias, dim, lanes)
+def _(info, dims, *args):
+    out = attention_backward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    return out.unflatten(0, (info.batch_size, -1)), 0
 
 
 @register_flop_formula(torch.ops.lanewise.attention_forward)
@@ -207,16 +221,14 @@ def _attention(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return _Attention.apply(qkv, bias)
 
 
-def fused(qkv: Tensor, bias: Tensor | None) -> Tensor:
+def fused(qkv: Tensor, bias: Tensor) -> Tensor:
     """Attention by the operators.
 
     Args:
-        qkv: queries, keys and values, before their bias if there is one, [B, S, 3, H, D].
+        qkv: queries, keys and values before their bias, [B, S, 3, H, D].
         bias: [3, H, D].
 
     Returns:
         [B, S, H, D] in qkv's dtype.
     """
-    if bias is None:  # one of zeros for all lanes: nobody asks for its gradient
-        bias = torch.zeros(qkv.shape[2:], dtype=_wide_dtype(qkv.dtype), device=qkv.device)
     return _attention(qkv, bias.unsqueeze(0))[0]

@@ -12,12 +12,16 @@ LN(x) and w_in); all else, sums, biases, the residual and every result, is float
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.ci_vit.operators import EPS, gpu_kernel, lanes_first, standardised, through_norm
+from trainables.family import BadValue
 
+EPS = 1e-6
 MOST_WIDTH = 62
 MOST_NEURONS = 256
 CHUNK = 64
@@ -72,7 +76,7 @@ def forward_formula(
     activity: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mlp_forward` on any device."""
-    xhat, _ = standardised(x, len(w_in))
+    xhat, _ = _standardised(x, len(w_in))
     pre = (xhat * scale.unsqueeze(1) + shift.unsqueeze(1)) @ w_in + b_in.unsqueeze(1)
     active = torch.relu(pre)
     y = x + (active @ w_out + b_out.unsqueeze(1)).flatten(0, 1)
@@ -107,13 +111,15 @@ def backward_formula(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mlp_backward` on any device."""
-    xhat, deviation = standardised(x, len(w_in))
+    xhat, deviation = _standardised(x, len(w_in))
     slope = grad.unflatten(0, (len(w_in), -1))
     h = xhat * scale.unsqueeze(1) + shift.unsqueeze(1)
     pre = h @ w_in + b_in.unsqueeze(1)
     dpre = torch.where(pre <= 0, 0, slope @ w_out.transpose(-1, -2))  # not a number stays so, as in autograd
     dh = dpre @ w_in.transpose(-1, -2)
-    dx = slope + through_norm(dh * scale.unsqueeze(1), xhat, deviation)
+    dxhat = dh * scale.unsqueeze(1)
+    along = (dxhat * xhat).mean(-1, keepdim=True)
+    dx = slope + (dxhat - dxhat.mean(-1, keepdim=True) - xhat * along) / deviation
     return (
         dx.flatten(0, 1),
         (dh * xhat).sum(1),
@@ -131,27 +137,52 @@ def _(grad, x, scale, shift, w_in, b_in, w_out) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like)
 
 
+def _standardised(x: Tensor, lanes: int) -> tuple[Tensor, Tensor]:
+    """Rows with mean 0 and variance 1, [G, M, D], and their deviation before, [G, M, 1]."""
+    rows = x.unflatten(0, (lanes, -1))
+    deviation = (rows.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    return F.layer_norm(rows, rows.shape[-1:], eps=EPS), deviation
+
+
 @mlp_forward.register_kernel("cuda")
 def _(x, scale, shift, w_in, b_in, w_out, b_out, fired, activity) -> tuple[Tensor, Tensor, Tensor]:
-    return gpu_kernel("mlp_kernel").forward(x, scale, shift, w_in, b_in, w_out, b_out, EPS, fired, activity)
+    return gpu_kernel().forward(x, scale, shift, w_in, b_in, w_out, b_out, EPS, fired, activity)
 
 
 @mlp_backward.register_kernel("cuda")
 def _(grad, x, scale, shift, w_in, b_in, w_out) -> tuple[Tensor, ...]:
-    return gpu_kernel("mlp_kernel").backward(grad, x, scale, shift, w_in, b_in, w_out, EPS)
+    return gpu_kernel().backward(grad, x, scale, shift, w_in, b_in, w_out, EPS)
+
+
+def gpu_kernel() -> ModuleType:
+    """The module of the GPU kernels. Raises `BadValue` where Triton is missing."""
+    try:
+        from trainables.ci_vit import mlp_kernel
+    except ImportError as error:
+        raise BadValue(
+            f"the net in bf16 on a GPU needs triton, which is not installed here ({error}): install it, or take "
+            "precision=float32"
+        ) from error
+    return mlp_kernel
+
+
+def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
+    """The lane axis joined to the first one, [L, N, ...] -> [L * N, ...]."""
+    stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return stacked.flatten(0, 1)
 
 
 @mlp_forward.register_vmap
 def _(info, dims, *args):
     tensors, flags = args[:7], args[7:]
-    joined = (lanes_first(arg, dim, info.batch_size) for arg, dim in zip(tensors, dims[:7], strict=True))
+    joined = (_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(tensors, dims[:7], strict=True))
     found = mlp_forward(*joined, *flags)
     return tuple(one.unflatten(0, (info.batch_size, -1)) for one in found), (0, 0, 0)
 
 
 @mlp_backward.register_vmap
 def _(info, dims, *args):
-    found = mlp_backward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
+    found = mlp_backward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
     return tuple(one.unflatten(0, (info.batch_size, -1)) for one in found), (0,) * 7
 
 

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
-from trainables.ci_vit import attention, mlp, project
-from trainables.ci_vit.operators import EPS
+from trainables.ci_vit import attention, mlp
 from trainables.ci_vit.program import Program
 from trainables.family import dtype_of
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal cut at +-2: Flax divides by it."""
+
+LN_EPS = mlp.EPS
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def forward(
     names = [name for name, shape in layout(program).shapes.items() if _per_block(name)]
     for values in zip(*(params[name].unbind(0) for name in names), strict=True):
         block = dict(zip(names, values, strict=True))
-        product, bias, x = _project(program, x, block)
-        mixed, distributions = _attend(program, product, bias, "entropy" in watch)
+        h = _norm(x, block["ln1/scale"], block["ln1/bias"])
+        mixed, distributions = _attend(program, h @ block["qkv/kernel"], block["qkv/bias"], "entropy" in watch)
         x = x + mixed.reshape(count * tokens, width) @ block["out/kernel"] + block["out/bias"]
         x, found = _mlp(program, x, block, watch)
         for name, value in found.items():
@@ -148,28 +149,11 @@ def forward(
     return logits.to(dtype_of(program)), {name: torch.stack(values) for name, values in seen.items()}
 
 
-def _project(program: Program, x: Tensor, block: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Queries, keys and values of one block.
-
-    Args:
-        x: [rows, width].
-
-    Returns:
-        the product that makes them [rows, 3 * width]; the bias [3 * width] to be added to it, if it is not there yet;
-        and x for the residual.
-    """
-    scale, shift, w, b = (block[name] for name in ("ln1/scale", "ln1/bias", "qkv/kernel", "qkv/bias"))
-    if _fused_project(program, x.device):
-        product, x = project.fused(x, scale, shift, w, b, torch.bfloat16 if program.precision == "bf16" else x.dtype)
-        return product, None, x
-    return _norm(x, scale, shift) @ w, b, x
-
-
-def _attend(program: Program, product: Tensor, bias: Tensor | None, watched: bool) -> tuple[Tensor, Tensor | None]:
+def _attend(program: Program, product: Tensor, bias: Tensor, watched: bool) -> tuple[Tensor, Tensor | None]:
     """One block's attention: every token's mixed values, and if watched the distributions.
 
     Args:
-        product: queries, keys and values, before their bias if there is one, [batch * tokens, 3 * width].
+        product: queries, keys and values before their bias, [batch * tokens, 3 * width].
         bias: [3 * width].
 
     Returns:
@@ -180,13 +164,12 @@ def _attend(program: Program, product: Tensor, bias: Tensor | None, watched: boo
         qkv.reshape(-1, tokens, *shape), -tokens % 8 if program.precision == "bf16" else 0
     )
     distributions = None
-    biased = lambda: product if bias is None else product + bias
     if _fused(program, product.device):
-        mixed = attention.fused(product.reshape(-1, tokens, *shape), None if bias is None else bias.reshape(shape))
+        mixed = attention.fused(product.reshape(-1, tokens, *shape), bias.reshape(shape))
         if watched:  # worked out besides: a covariate does not change the run
-            _, distributions = written_out(biased().detach())
+            _, distributions = written_out((product + bias).detach())
     else:
-        mixed, distributions = written_out(biased())
+        mixed, distributions = written_out(product + bias)
     if distributions is not None:
         distributions = distributions.detach()[:, :tokens] if watched else None
     return mixed.reshape(-1, program.width), distributions
@@ -213,24 +196,16 @@ def _mlp(
     return x, {name: value for name, value in (("fired", fired), ("activity", activity)) if name in watch}
 
 
-def _fused_project(program: Program, device: torch.device) -> bool:
-    """Whether LayerNorm and the product that makes queries, keys and values are the fused operator."""
-    return project.fits(program.width) and _low_on_gpu(program, device)
+def _fused_mlp(program: Program, device: torch.device) -> bool:
+    """Whether the MLP is the fused operator: in bf16 on a GPU. Elsewhere it is ordinary code."""
+    few = mlp.fits(program.width, program.neurons)
+    return few and program.precision == "bf16" and device.type == "cuda"
 
 
 def _fused(program: Program, device: torch.device) -> bool:
-    """Whether attention is the fused operator. Elsewhere it is written out."""
-    return attention.fits(program.tokens, program.width // program.heads) and _low_on_gpu(program, device)
-
-
-def _fused_mlp(program: Program, device: torch.device) -> bool:
-    """Whether the MLP is the fused operator. Elsewhere it is ordinary code."""
-    return mlp.fits(program.width, program.neurons) and _low_on_gpu(program, device)
-
-
-def _low_on_gpu(program: Program, device: torch.device) -> bool:
-    """Where operators are fused: in bf16 on a GPU."""
-    return program.precision == "bf16" and device.type == "cuda"
+    """Whether attention is the fused operator: in bf16 on a GPU. Elsewhere it is written out."""
+    few = attention.fits(program.tokens, program.width // program.heads)
+    return few and program.precision == "bf16" and device.type == "cuda"
 
 
 def _keys_fixed(bias: Tensor, width: int) -> Tensor:
@@ -250,7 +225,7 @@ def _patches(program: Program, images: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * scale + bias
+    return F.layer_norm(x, x.shape[-1:], eps=LN_EPS) * scale + bias
 
 
 def _entropy(p: Tensor) -> Tensor:
