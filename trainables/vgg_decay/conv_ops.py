@@ -12,7 +12,6 @@ where autocast rounds it to bf16.
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -137,12 +136,13 @@ def _(grad: Tensor, x: Tensor, groups: int, kernel: int) -> Tensor:
 def kernel_module(name: str) -> ModuleType:
     """The family's module of GPU kernels. Raises `BadValue` where Triton is missing."""
     try:
-        return import_module(f"trainables.vgg_decay.{name}")
+        from trainables.vgg_decay import conv_kernel, norm_kernel
     except ImportError as error:
         raise BadValue(
             f"convolutions in bf16 on a GPU need triton, which is not installed here ({error}): install it, or take "
             "precision=float32"
         ) from error
+    return {"conv_kernel": conv_kernel, "norm_kernel": norm_kernel}[name]
 
 
 def joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:

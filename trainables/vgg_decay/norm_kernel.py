@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VALUES = 4096
+VALUES = 2048
 """Of a tile: rows times channels."""
 VALUES_SUMMED = 32_768
 """Of the gradient that one instance sums: the late layers have few, which must not be left to a few instances."""
@@ -55,7 +55,7 @@ def _forward(
     top = (tl.load(at, mask=inside, other=0.0).to(tl.float32) - c) * s + b
     first = tl.zeros((ROWS, WIDTH), tl.int8)
     for place in tl.static_range(1, SIDE * SIDE):
-        away: tl.constexpr = (place // SIDE * W + place % SIDE) * C
+        away = (place // SIDE * W + place % SIDE) * C
         value = (tl.load(at + away, mask=inside, other=0.0).to(tl.float32) - c) * s + b
         first = tl.where(value > top, place, first).to(tl.int8)
         top = tl.where(value > top, value, top)
@@ -89,7 +89,7 @@ def _sums(
         g = tl.load(grad + mine, mask=inside, other=0.0).to(tl.float32)
         which = tl.load(chosen + mine, mask=inside, other=0) if SIDE > 1 else 0
         for place in tl.static_range(SIDE * SIDE):
-            away: tl.constexpr = (place // SIDE * W + place % SIDE) * C
+            away = (place // SIDE * W + place % SIDE) * C
             slope, centred = _slope(at + away, c, s, b, g, which, inside, place, SIDE > 1)
             plain += slope
             timed += slope * centred
@@ -123,7 +123,7 @@ def _backward(
         sample = row // (windows // samples)
         counts = tl.load(weight + group * samples + sample, mask=row < windows, other=0.0)[:, None]
     for place in tl.static_range(SIDE * SIDE):
-        away: tl.constexpr = (place // SIDE * W + place % SIDE) * C
+        away = (place // SIDE * W + place % SIDE) * C
         slope, centred = _slope(x + first + away, c, s, b, g, which, inside, place, SIDE > 1)
         shared = m + t * centred
         if WEIGHTED:
