@@ -30,6 +30,8 @@ FIRST: dict[str, tuple[str, str]] = {}
 for _family, _case in CASES:
     FIRST.setdefault(_family, (_family, _case))
 CHOSEN = CASES if os.environ.get("LANEWISE_GPU_CASES") == "all" else list(FIRST.values())
+# the cases' nets are too narrow for the families' own kernels
+WIDE: dict[str, dict] = {"ci_vit": {"hidden": 48}, "vgg_decay": {"widths": (16, 32)}}
 TOLERANCE = {"float32": 2e-3, "bf16": 5e-2}
 
 
@@ -48,7 +50,7 @@ def chosen(request):
 @pytest.mark.parametrize("engine", ["stacked, compiled", "branched"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_lane_on_gpu_equals_serial(chosen, engine, precision, cache_dir):
-    family, program, hyper = build_case(*chosen, precision=precision)
+    family, program, hyper = build_case(*chosen, precision=precision, **WIDE.get(chosen[0], {}))
     arrays = arrays_of(family, program, cache_dir, "cuda")
     steps = min(20, family.schedule(program).steps)
     alone = SerialEngine(family, program, arrays, "cuda")
