@@ -552,7 +552,7 @@ def test_on_a_gpu_no_row_costs_more_than_it_can_bring(monkeypatch, convolves, st
     monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
     monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
     monkeypatch.setattr("lanes.probe.measure", measure)
-    family = replace(family, convolves=lambda _: convolves)
+    family = replace(family, convolves=convolves)
     choice = probe(family, program, hyper, {}, "cuda", wanted=128, expected_steps=steps)
     assert measured == expected
     assert choice.engine == max(choice.table, key=lambda row: row.rate).engine
