@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -24,6 +25,8 @@ from lanes.stacked import StackedEngine, power_of_two
 from trainables import draws
 from trainables.family import Arrays, Family, program_key
 from trainables.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 MOST_AT_ONCE = 16  # steps of one launch while measuring on a GPU
 KNEE = 1.15  # doubling the lanes must bring at least this much, or we stop
@@ -238,7 +241,11 @@ class _Known:
     def _read(self) -> dict[tuple[str, int], Row]:
         if self._path is None or not self._path.is_file():
             return {}
-        table = [Row(**row) for row in json.loads(self._path.read_text())["table"]]
+        try:
+            table = [Row(**row) for row in json.loads(self._path.read_text())["table"]]
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is damaged: its rows are measured again", self._path)
+            return {}
         return {(row.engine, row.lanes): row for row in table}
 
     def get(self, engine: str, lanes: int) -> Row | None:

@@ -584,6 +584,21 @@ def test_a_longer_sweep_measures_only_what_a_shorter_one_did_not(tmp_path, monke
     assert len(measured) == 5
 
 
+def test_a_damaged_file_of_rows_is_measured_again_and_mended(tmp_path, cache_dir, caplog):
+    family, program, hyper = build_case("tests.toys.regression", "plain")
+    what = family, program, hyper, arrays_of(family, program, cache_dir), "cpu"
+    first = probe(*what, wanted=2, seconds=0.0, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    for damage in ("{", "[]", '{"table": [{"engine": "serial"}]}'):
+        path.write_text(damage)
+        again = probe(*what, wanted=2, seconds=0.0, cache=tmp_path)
+        assert not again.cached
+        assert "is damaged" in caplog.text
+        assert {(row.engine, row.lanes) for row in again.table} == {(row.engine, row.lanes) for row in first.table}
+        assert probe(*what, wanted=2, seconds=0.0, cache=tmp_path).cached
+        caplog.clear()
+
+
 def test_where_the_first_number_of_lanes_does_not_fit_fewer_are_tried(monkeypatch):
     family, program, hyper = build_case("tests.toys.regression", "plain")
 
