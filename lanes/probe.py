@@ -6,11 +6,11 @@ A choice slower than the serial engine is never picked: serial is one of the row
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from lanes.engine import Engine
 from lanes.memory import is_out_of_memory
 from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine, power_of_two
-from trainables import draws
 from trainables.family import Arrays, Family, program_key
 from trainables.files import write_atomically
 
@@ -269,10 +268,9 @@ class _Known:
 
 def code_digest(family: Family) -> str:
     """Of the source of the engines and of the family: what was measured of other code may not hold."""
-    family_folder = Path(sys.modules[family.Program.__module__].__file__ or "").parent
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(draws.__file__).parent, family_folder):
-        for path in sorted(folder.glob("*.py")):
+    for some in (probe, Family, family.Program):
+        for path in sorted(Path(inspect.getfile(some)).parent.glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -13,16 +13,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from lanes.probe import make_engine
 from tests.families import arrays_of, build_case
-from tests.gpu_kernels import assert_replays, run_interpreted
+from tests.gpu_kernels import assert_replays, assert_whole_steps_equal, run_interpreted
 from trainables.ci_vit import attention, model
 from trainables.draws import counter
 from trainables.family import BadValue, hyper_tensors
@@ -155,21 +153,9 @@ def test_net_is_the_same_fused(precision, monkeypatch, cache_dir):
 
 @pytest.mark.heavy
 def test_whole_steps_of_a_stack_are_the_same_fused(monkeypatch, cache_dir):
-    """The compiled engine over the operators, with an evaluation, against the serial one written out."""
-    family, program, hyper = build_case("ci_vit", "covariates", depth=1)
-    arrays = arrays_of(family, program, cache_dir, "cpu")
-    alone = make_engine("serial", 1, family, program, arrays, "cpu")
-    alone.insert("me", hyper, 3)
-    steps = alone.until_epoch_end()
-    curves, after = alone.advance(steps), alone.evaluate(["me"])["me"]
-    monkeypatch.setattr(model, "_fused", lambda program, device: True)
-    many = make_engine("stacked, compiled", 2, family, program, arrays, "cpu")
-    many.insert("other", hyper, 1)
-    many.insert("me", hyper, 3)
-    found, found_after = many.advance(steps), many.evaluate(["me"])["me"]
-    for name, values in curves.items():
-        np.testing.assert_allclose(found[name][:, 1], values[:, 0], rtol=1e-9, atol=1e-9, err_msg=name)
-    assert found_after == pytest.approx(after, rel=1e-9, abs=1e-9)
+    """The compiled engine over the operators against the serial one written out."""
+    take = lambda: monkeypatch.setattr(model, "_fused", lambda program, device: True)
+    assert_whole_steps_equal("covariates", take, cache_dir)
 
 
 def test_only_bf16_on_a_gpu_is_fused():

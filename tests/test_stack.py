@@ -530,6 +530,31 @@ SPEEDS = {"serial": 10.0, "stacked": 100.0, "stacked, compiled": 1000.0, "branch
 STACK, BRANCH = "stacked, compiled", "branched"
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The probe measures on a GPU that is not there, by the function that the fixture is called with."""
+
+    def measure_by(measure):
+        monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
+        monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
+        monkeypatch.setattr("lanes.probe.measure", measure)
+
+    return measure_by
+
+
+@pytest.fixture
+def measured(on_a_gpu):
+    """The rows measured so far on that GPU: 20 s of set-up each, and little gained by 128 lanes over 32."""
+    rows = []
+
+    def measure(engine, hyper, lanes, seconds):
+        rows.append((engine, lanes))
+        return SPEEDS[engine] * {128: 1.2}.get(lanes, 1.0), 20.0
+
+    on_a_gpu(measure)
+    return rows
+
+
 @pytest.mark.parametrize(
     ("convolves", "steps", "expected"),
     [
@@ -541,34 +566,16 @@ STACK, BRANCH = "stacked, compiled", "branched"
     ],
     ids=str,
 )
-def test_on_a_gpu_no_row_costs_more_than_it_can_bring(monkeypatch, convolves, steps, expected):
+def test_on_a_gpu_no_row_costs_more_than_it_can_bring(measured, convolves, steps, expected):
     family, program, hyper = build_case("tests.toys.regression", "plain")
-    measured = []
-
-    def measure(engine, hyper, lanes, seconds):
-        measured.append((engine, lanes))
-        return SPEEDS[engine] * {128: 1.2}.get(lanes, 1.0), 20.0
-
-    monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
-    monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
-    monkeypatch.setattr("lanes.probe.measure", measure)
     family = replace(family, convolves=convolves)
     choice = probe(family, program, hyper, {}, "cuda", wanted=128, expected_steps=steps)
     assert measured == expected
     assert choice.engine == max(choice.table, key=lambda row: row.rate).engine
 
 
-def test_a_longer_sweep_measures_only_what_a_shorter_one_did_not(tmp_path, monkeypatch):
+def test_a_longer_sweep_measures_only_what_a_shorter_one_did_not(tmp_path, measured, monkeypatch):
     family, program, hyper = build_case("tests.toys.regression", "plain")
-    measured = []
-
-    def measure(engine, hyper, lanes, seconds):
-        measured.append((engine, lanes))
-        return SPEEDS[engine] * {128: 1.2}.get(lanes, 1.0), 20.0
-
-    monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
-    monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
-    monkeypatch.setattr("lanes.probe.measure", measure)
     turn = lambda steps, wanted=128: probe(
         family, program, hyper, {}, "cuda", wanted=wanted, expected_steps=steps, cache=tmp_path
     )
@@ -599,7 +606,7 @@ def test_a_damaged_file_of_rows_is_measured_again_and_mended(tmp_path, cache_dir
         caplog.clear()
 
 
-def test_where_the_first_number_of_lanes_does_not_fit_fewer_are_tried(monkeypatch):
+def test_where_the_first_number_of_lanes_does_not_fit_fewer_are_tried(on_a_gpu):
     family, program, hyper = build_case("tests.toys.regression", "plain")
 
     def measure(engine, hyper, lanes, seconds):
@@ -607,9 +614,7 @@ def test_where_the_first_number_of_lanes_does_not_fit_fewer_are_tried(monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return SPEEDS[engine], 1.0
 
-    monkeypatch.setattr("lanes.probe.make_engine", lambda name, *_: name)
-    monkeypatch.setattr("lanes.probe.device_name", lambda device: "a GPU")
-    monkeypatch.setattr("lanes.probe.measure", measure)
+    on_a_gpu(measure)
     choice = probe(family, program, hyper, {}, "cuda", wanted=128, expected_steps=5e3)
     assert (choice.engine, choice.lanes) == (STACK, 2)
     assert [row.lanes for row in choice.table if row.engine == STACK] == [32, 8, 2]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.family import BadValue
+from trainables.operators import takes_lanes, triton_for
 
 MOST_POSITIONS = 128
 MOST_WIDTH = 64
@@ -143,33 +143,13 @@ def _(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
 
 def gpu_kernel() -> ModuleType:
     """The module of the GPU kernels. Raises `BadValue` where Triton is missing."""
-    try:
+    with triton_for("attention in bf16 on a GPU needs", "take precision=float32"):
         from trainables.ci_vit import attention_kernel
-    except ImportError as error:
-        raise BadValue(
-            f"attention in bf16 on a GPU needs triton, which is not installed here ({error}): install it, or take "
-            "precision=float32"
-        ) from error
     return attention_kernel
 
 
-def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
-    """The lane axis joined to the first one, [L, N, ...] -> [L * N, ...]."""
-    stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return stacked.flatten(0, 1)
-
-
-@attention_forward.register_vmap
-def _(info, dims, *args):
-    joined = (_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True))
-    out, lse = attention_forward(*joined)
-    return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
-
-
-@attention_backward.register_vmap
-def _(info, dims, *args):
-    out = attention_backward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return out.unflatten(0, (info.batch_size, -1)), 0
+takes_lanes(attention_forward)
+takes_lanes(attention_backward)
 
 
 @register_flop_formula(torch.ops.lanewise.attention_forward)

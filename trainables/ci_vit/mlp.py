@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.family import BadValue
+from trainables.operators import takes_lanes, triton_for
 
 EPS = 1e-6
 MOST_WIDTH = 62
@@ -36,8 +36,7 @@ def fits(width: int, neurons: int) -> bool:
 # --- the two operators: rows of all lanes joined, one set of weights a lane -------------------------------------------
 
 
-@torch.library.custom_op("lanewise::mlp_forward", mutates_args=())
-def mlp_forward(
+def forward_formula(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -61,21 +60,6 @@ def mlp_forward(
         y [N, D] in x's dtype; the rows on which a neuron's pre-activation was >= 0, int32 [G, neurons]; and the mean
         over the rows of ReLU's results [G, neurons]. What was not asked for is [G, 0].
     """
-    return forward_formula(x, scale, shift, w_in, b_in, w_out, b_out, fired, activity)
-
-
-def forward_formula(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    w_in: Tensor,
-    b_in: Tensor,
-    w_out: Tensor,
-    b_out: Tensor,
-    fired: bool,
-    activity: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`mlp_forward` on any device."""
     xhat, _ = _standardised(x, len(w_in))
     pre = (xhat * scale.unsqueeze(1) + shift.unsqueeze(1)) @ w_in + b_in.unsqueeze(1)
     active = torch.relu(pre)
@@ -85,6 +69,10 @@ def forward_formula(
     return y, counts, active.mean(1) if activity else x.new_empty(none)
 
 
+mlp_forward = torch.library.custom_op("lanewise::mlp_forward", forward_formula, mutates_args=())
+"""`forward_formula`, on any device."""
+
+
 @mlp_forward.register_fake
 def _(x, scale, shift, w_in, b_in, w_out, b_out, fired, activity) -> tuple[Tensor, Tensor, Tensor]:
     lanes, _, neurons = w_in.shape
@@ -92,8 +80,7 @@ def _(x, scale, shift, w_in, b_in, w_out, b_out, fired, activity) -> tuple[Tenso
     return x.new_empty(x.shape), counts, x.new_empty((lanes, neurons if activity else 0))
 
 
-@torch.library.custom_op("lanewise::mlp_backward", mutates_args=())
-def mlp_backward(
+def backward_formula(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to x, scale, shift, w_in, b_in, w_out, b_out from that with respect to y, [N, D].
@@ -104,13 +91,6 @@ def mlp_backward(
     dw_out = active^T grad,  db_out = sum grad,  dw_in = h^T dpre,  db_in = sum dpre,
     dscale = sum dh xhat,  dshift = sum dh.
     """
-    return backward_formula(grad, x, scale, shift, w_in, b_in, w_out)
-
-
-def backward_formula(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`mlp_backward` on any device."""
     xhat, deviation = _standardised(x, len(w_in))
     slope = grad.unflatten(0, (len(w_in), -1))
     h = xhat * scale.unsqueeze(1) + shift.unsqueeze(1)
@@ -129,6 +109,10 @@ def backward_formula(
         torch.relu(pre).transpose(-1, -2) @ slope,
         slope.sum(1),
     )
+
+
+mlp_backward = torch.library.custom_op("lanewise::mlp_backward", backward_formula, mutates_args=())
+"""`backward_formula`, on any device."""
 
 
 @mlp_backward.register_fake
@@ -156,34 +140,13 @@ def _(grad, x, scale, shift, w_in, b_in, w_out) -> tuple[Tensor, ...]:
 
 def gpu_kernel() -> ModuleType:
     """The module of the GPU kernels. Raises `BadValue` where Triton is missing."""
-    try:
+    with triton_for("the net in bf16 on a GPU needs", "take precision=float32"):
         from trainables.ci_vit import mlp_kernel
-    except ImportError as error:
-        raise BadValue(
-            f"the net in bf16 on a GPU needs triton, which is not installed here ({error}): install it, or take "
-            "precision=float32"
-        ) from error
     return mlp_kernel
 
 
-def _lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
-    """The lane axis joined to the first one, [L, N, ...] -> [L * N, ...]."""
-    stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return stacked.flatten(0, 1)
-
-
-@mlp_forward.register_vmap
-def _(info, dims, *args):
-    tensors, flags = args[:7], args[7:]
-    joined = (_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(tensors, dims[:7], strict=True))
-    found = mlp_forward(*joined, *flags)
-    return tuple(one.unflatten(0, (info.batch_size, -1)) for one in found), (0, 0, 0)
-
-
-@mlp_backward.register_vmap
-def _(info, dims, *args):
-    found = mlp_backward(*(_lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return tuple(one.unflatten(0, (info.batch_size, -1)) for one in found), (0,) * 7
+takes_lanes(mlp_forward)
+takes_lanes(mlp_backward)
 
 
 @register_flop_formula(torch.ops.lanewise.mlp_forward)

@@ -183,29 +183,35 @@ def _mlp(
     Args:
         x: [rows, width].
     """
-    kernels = block["mlp_in/kernel"], block["mlp_in/bias"], block["mlp_out/kernel"], block["mlp_out/bias"]
-    watched = tuple(name in watch for name in ("fired", "activity"))
+    w_in, b_in, w_out, b_out = (block[f"mlp_{name}"] for name in ("in/kernel", "in/bias", "out/kernel", "out/bias"))
+    found: dict[str, Tensor] = {}
     if _fused_mlp(program, x.device):
-        x, fired, activity = mlp.fused(x, block["ln2/scale"], block["ln2/bias"], *kernels, *watched)
-    else:
-        w_in, b_in, w_out, b_out = kernels
-        pre = _norm(x, block["ln2/scale"], block["ln2/bias"]) @ w_in + b_in
-        active = torch.relu(pre)
-        x = x + active @ w_out + b_out
-        fired, activity = (pre.detach() >= 0).sum(0), active.detach().mean(0)
-    return x, {name: value for name, value in (("fired", fired), ("activity", activity)) if name in watch}
+        weights = block["ln2/scale"], block["ln2/bias"], w_in, b_in, w_out, b_out
+        x, fired, activity = mlp.fused(x, *weights, "fired" in watch, "activity" in watch)
+        found = {"fired": fired, "activity": activity}
+        return x, {name: value for name, value in found.items() if name in watch}
+    pre = _norm(x, block["ln2/scale"], block["ln2/bias"]) @ w_in + b_in
+    active = torch.relu(pre)
+    if "fired" in watch:
+        found["fired"] = (pre.detach() >= 0).sum(0)
+    if "activity" in watch:
+        found["activity"] = active.detach().mean(0)
+    return x + active @ w_out + b_out, found
 
 
 def _fused_mlp(program: Program, device: torch.device) -> bool:
-    """Whether the MLP is the fused operator: in bf16 on a GPU. Elsewhere it is ordinary code."""
-    few = mlp.fits(program.width, program.neurons)
-    return few and program.precision == "bf16" and device.type == "cuda"
+    """Whether the MLP is the fused operator. Elsewhere it is ordinary code."""
+    return _has_kernels(program, device) and mlp.fits(program.width, program.neurons)
 
 
 def _fused(program: Program, device: torch.device) -> bool:
-    """Whether attention is the fused operator: in bf16 on a GPU. Elsewhere it is written out."""
-    few = attention.fits(program.tokens, program.width // program.heads)
-    return few and program.precision == "bf16" and device.type == "cuda"
+    """Whether attention is the fused operator. Elsewhere it is written out."""
+    return _has_kernels(program, device) and attention.fits(program.tokens, program.width // program.heads)
+
+
+def _has_kernels(program: Program, device: torch.device) -> bool:
+    """In bf16 on a GPU."""
+    return program.precision == "bf16" and device.type == "cuda"
 
 
 def _keys_fixed(bias: Tensor, width: int) -> Tensor:

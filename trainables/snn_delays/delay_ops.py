@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.snn_delays.neurons import gpu_kernel, lanes_first
+from trainables.operators import takes_lanes
+from trainables.snn_delays.neurons import gpu_kernel
 
 LONGEST = 150
 """Taps k * K of a kernel that a thread can hold in its registers."""
@@ -109,16 +110,8 @@ def _(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     return backward_convolution(grad, x, kernels) if kernel is None else kernel.backward(grad, x, kernels)
 
 
-@delay_forward.register_vmap
-def _(info, dims, *args):
-    out = delay_forward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return out.unflatten(0, (info.batch_size, -1)), 0
-
-
-@delay_backward.register_vmap
-def _(info, dims, *args):
-    outs = delay_backward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outs), (0, 0)
+takes_lanes(delay_forward)
+takes_lanes(delay_backward)
 
 
 class _Delay(torch.autograd.Function):

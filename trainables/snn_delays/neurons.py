@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from trainables.family import BadValue
+from trainables.operators import takes_lanes, triton_for
 
 # --- the two operators: [groups, rows, time, places], one decay and one alpha a group ---------------------------------
 
@@ -114,32 +115,16 @@ def gpu_kernel(module: str) -> ModuleType | None:
         return None
     if chosen != "on":
         raise BadValue(f"LANEWISE_SNN_KERNELS={chosen} should be on or off")
-    try:
+    with triton_for(
+        "spiking neurons on a GPU need",
+        "set LANEWISE_SNN_KERNELS=off to step through time in Python, which is many times slower",
+    ):
         from trainables.snn_delays import delay_kernel, lif_kernel
-    except ImportError as error:
-        raise BadValue(
-            f"spiking neurons on a GPU need triton, which is not installed here ({error}): install it, or set "
-            "LANEWISE_SNN_KERNELS=off to step through time in Python, which is many times slower"
-        ) from error
     return {"lif_kernel": lif_kernel, "delay_kernel": delay_kernel}[module]
 
 
-def lanes_first(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
-    """The lane axis joined to the group axis, [L, G, ...] -> [L * G, ...]."""
-    stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return stacked.flatten(0, 1)
-
-
-@lif_forward.register_vmap
-def _(info, dims, *args):
-    outs = lif_forward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outs), (0, 0)
-
-
-@lif_backward.register_vmap
-def _(info, dims, *args):
-    out = lif_backward(*(lanes_first(arg, dim, info.batch_size) for arg, dim in zip(args, dims, strict=True)))
-    return out.unflatten(0, (info.batch_size, -1)), 0
+takes_lanes(lif_forward)
+takes_lanes(lif_backward)
 
 
 # --- their gradient ---------------------------------------------------------------------------------------------------
