@@ -198,7 +198,7 @@ def probe(
         if ahead() > COMPILE_PAYS_AFTER_ON_GPU:
             # branches are compiled once and captured for each lane; a stack is compiled for each number of lanes
             first = {"branched": 8, "stacked, compiled": 32}
-            for name in first if family.convolves else reversed(first):
+            for name in first if family.convolves(program) else reversed(first):
                 if rows[-1].engine == "serial" or ahead() > SECOND_PAYS_AFTER * rows[-1].setup:
                     climb(name, min(first[name], power_of_two(wanted)), 4, FURTHER_PAYS_AFTER)
         else:

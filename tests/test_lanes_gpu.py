@@ -29,9 +29,11 @@ pytestmark = [
 FIRST: dict[str, tuple[str, str]] = {}
 for _family, _case in CASES:
     FIRST.setdefault(_family, (_family, _case))
-CHOSEN = CASES if os.environ.get("LANEWISE_GPU_CASES") == "all" else list(FIRST.values())
-# the case's net is too narrow for the family's own kernels
-WIDE: dict[str, dict] = {"ci_vit": {"hidden": 48}}
+# and one of a further kind of net
+FURTHER = [("multi_neuron", "continual")]
+CHOSEN = CASES if os.environ.get("LANEWISE_GPU_CASES") == "all" else [*FIRST.values(), *FURTHER]
+# the cases' nets are too narrow for the families' own kernels, or for all of their tiles
+WIDE: dict[str, dict] = {"ci_vit": {"hidden": 48}, "vgg_decay": {"widths": (32, 64)}}
 TOLERANCE = {"float32": 2e-3, "bf16": 5e-2}
 
 

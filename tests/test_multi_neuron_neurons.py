@@ -12,7 +12,16 @@ from torch.func import grad
 from trainables import draws
 from trainables.family import hyper_tensors
 from trainables.multi_neuron import FAMILY, cnn, mlp, nets
-from trainables.multi_neuron.neurons import Exploration, Gate, Layer, Pass, choose, grown, init_layers
+from trainables.multi_neuron.neurons import (
+    Exploration,
+    Gate,
+    Layer,
+    Pass,
+    choose,
+    filled_conv2d,
+    grown,
+    init_layers,
+)
 from trainables.multi_neuron.program import clock_of
 
 DOUBLE = torch.float64
@@ -215,6 +224,15 @@ def test_convolution_equals_its_neurons_one_by_one():
     expected = maps.gather(0, chosen[None])[0]
     assert len(chosen.unique()) == 3
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 32), (3, 5), (8, 16), (10, 8)])
+def test_convolution_filled_up_is_the_convolution(inputs, outputs):
+    generator = torch.Generator().manual_seed(inputs)
+    draw = lambda *size: torch.randn(size, generator=generator, dtype=DOUBLE)
+    arguments = draw(2, inputs, 5, 6), draw(outputs, inputs, 3, 3), draw(outputs)
+    expected = torch.nn.functional.conv2d(*arguments)
+    torch.testing.assert_close(filled_conv2d(*arguments), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_masked_choices_equal_the_smaller_net():

@@ -568,7 +568,7 @@ def measured(on_a_gpu):
 )
 def test_on_a_gpu_no_row_costs_more_than_it_can_bring(measured, convolves, steps, expected):
     family, program, hyper = build_case("tests.toys.regression", "plain")
-    family = replace(family, convolves=convolves)
+    family = replace(family, convolves=lambda _: convolves)
     choice = probe(family, program, hyper, {}, "cuda", wanted=128, expected_steps=steps)
     assert measured == expected
     assert choice.engine == max(choice.table, key=lambda row: row.rate).engine

@@ -72,7 +72,7 @@ def test_forward_and_statistics_equal_batchnorm2d():
     logits, _ = forward_eval(program, state["params"], state["running"], images)
     torch.testing.assert_close(logits, net(images), rtol=1e-11, atol=1e-11)
     net.train()
-    logits, running, _ = forward_train(program, state["params"], state["running"], images, real)
+    logits, running = forward_train(program, state["params"], state["running"], images, real)
     torch.testing.assert_close(logits[:11], net(images[:11]), rtol=1e-11, atol=1e-11)
     for name, value in net.running().items():
         torch.testing.assert_close(running[name], value, rtol=1e-11, atol=1e-11, msg=name)
@@ -125,8 +125,9 @@ def test_l1_follows_the_original_loop(clamp, back):
                         p.mul_((~crossed).double())
                         memory["crossed"] = memory.get("crossed", 0) + int(crossed.sum())
 
+    # six steps: then a beta at 0 whose exact gradient is 0 moves by rounding noise, and L1 goes by the noise's sign
     state, net, memory, _ = train_both(
-        STEPS, update, l1=0.05, l1_front=1.0, l1_back=back, l1_clamp=clamp, wd=0.016, prepare=scrambled_weights
+        6, update, l1=0.05, l1_front=1.0, l1_back=back, l1_clamp=clamp, wd=0.016, prepare=scrambled_weights
     )
     assert_equal(state, net)
     if clamp:

@@ -241,12 +241,12 @@ def test_inspected_norms_are_those_of_the_last_step():
 def test_grouping_tells_a_grouped_layer_from_a_random_one():
     program, _, tensors = build(widths=(4, 18), covariates=("grouping",))
     state = FAMILY.init(program, tensors, counter(1))
-    hidden = {name: torch.randn(50, 18, 2, 2, dtype=torch.float64).abs() for name in ("conv2_2", "fc6")}
+    hidden = {name: torch.randn(50, 2, 2, 18, dtype=torch.float64).abs() for name in ("conv2_2", "fc6")}
     real = torch.arange(50) < 40
     random = measures.grouping(program, state, hidden, real)
     apart = torch.tensor(plain_distances(18, 18), dtype=torch.float64)
     state["params"]["fc6.weight"] = (10.0**-apart)[:, :, None, None]
-    hidden["fc6"][:, 1::2] = hidden["fc6"][:, ::2]  # two units a cell
+    hidden["fc6"][..., 1::2] = hidden["fc6"][..., ::2]  # two units a cell
     hidden["fc6"][40:] = 1e6  # padding
     grouped = measures.grouping(program, state, hidden, real)
     sums = [float((10.0**-apart)[apart == i].sum()) for i in range(3)]

@@ -109,6 +109,11 @@ def last_values(program: Any, epochs: Mapping[str, np.ndarray]) -> dict[str, flo
     return {name: float(values[-1]) for name, values in epochs.items() if len(values)}
 
 
+def never(program: Any) -> bool:
+    """The default `convolves`."""
+    return False
+
+
 def accept(program: Any) -> None:
     """The default `validate`: field types were already checked when the program was built."""
 
@@ -169,8 +174,8 @@ class Family:
         validate: (program) -> None, raising `BadValue` where fields contradict one another.
         covariates: names of what can be recorded beside the metrics, where the program has a field `covariates` to
             choose among them; without one, `inspect` records all it has or nothing.
-        convolves: its programs are convolutions. Under vmap these become grouped ones, which are slow: on a GPU the
-            probe then tries the branched engine before the stacked one.
+        convolves: (program) -> whether it has convolutions that become grouped ones under vmap, which are slow: on a
+            GPU the probe then tries the branched engine before the stacked one.
         presets: name -> program and hyper fields to start from (`--set preset=...`).
         cases: small programs, one or more for every method.
     """
@@ -193,7 +198,7 @@ class Family:
     summarize: Callable[[Any, Mapping[str, np.ndarray]], dict[str, float]] = field(default_factory=lambda: last_values)
     validate: Callable[[Any], None] = field(default_factory=lambda: accept)
     covariates: tuple[str, ...] = ()
-    convolves: bool = False
+    convolves: Callable[[Any], bool] = field(default_factory=lambda: never)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cases: Mapping[str, Case] = field(default_factory=dict)
 

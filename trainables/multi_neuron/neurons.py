@@ -28,6 +28,9 @@ from trainables.multi_neuron.program import Clock, Program, active_choices, step
 
 Params = dict[str, Tensor]
 
+WHOLE = 8
+"""Channels of a group that cuDNN multiplies by themselves."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -220,13 +223,18 @@ class Pass:
         """x [B, in, H, W] -> [B, out, H', W'], without padding; every place of the map chooses on its own."""
         weight, bias = self.params[f"{name}/weight"], self.params[f"{name}/bias"]
         if weight.dim() == 4:
-            return _activated(F.conv2d(x, weight, bias), relu)
+            return _activated(self._conv2d(x, weight, bias), relu)
 
         def each(value: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            maps = F.conv2d(value, w.flatten(0, 1), b.flatten()).unflatten(1, (w.shape[0], w.shape[1]))
+            maps = self._conv2d(value, w.flatten(0, 1), b.flatten()).unflatten(1, (w.shape[0], w.shape[1]))
             return maps.movedim((1, 2), (-2, -1))
 
         return self._multi(name, x, _activated(each(x, weight, bias), relu), each).movedim(-1, 1)
+
+    def _conv2d(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.program.precision == "bf16" and x.device.type == "cuda":
+            return filled_conv2d(x, weight, bias)
+        return F.conv2d(x, weight, bias)
 
     def _multi(self, name: str, x: Tensor, outputs: Tensor, each: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         # x itself forward; backward, `upstream` of the selector's gradient
@@ -243,6 +251,17 @@ class Pass:
         seed, update = self._dropout
         kept = draws.uniform(seed, update, f"dropout/{name}", tuple(x.shape), rate.dtype) >= rate
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
+
+
+def filled_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.conv2d, with zeros up to numbers of channels that WHOLE divides, which keeps lanes apart.
+
+    Under vmap lanes are groups. cuDNN in bf16 does several groups of few channels in one product, where 0 times another
+    lane's NaN is NaN (torch 2.11 on an H200: 3 to 7 channels, tests/test_lanes_gpu.py).
+    """
+    outputs, inputs = (-channels % WHOLE for channels in weight.shape[:2])
+    weight, bias = F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs)), F.pad(bias, (0, outputs))
+    return F.conv2d(F.pad(x, (0, 0, 0, 0, 0, inputs)), weight, bias)[:, : weight.shape[0] - outputs]
 
 
 def _activated(x: Tensor, relu: bool) -> Tensor:

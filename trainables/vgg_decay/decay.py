@@ -100,7 +100,11 @@ def cells(units: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def distances(outputs: int, inputs: int, device: torch.device) -> Tensor:
     """floor of the Euclidean distance between the cells of each output and input unit, int [outputs, inputs]: 0..2."""
     (out_x, out_y), (in_x, in_y) = cells(outputs, device), cells(inputs, device)
-    square = (out_x[:, None] - in_x) ** 2 + (out_y[:, None] - in_y) ** 2
+    # |a - b|^2 as a product: what torch.compile makes of the differences, it works out anew for every weight of a pair
+    one, other = torch.ones_like(out_x), torch.ones_like(in_x)
+    left = torch.stack([out_x, out_y, out_x**2 + out_y**2, one], 1).float()
+    right = torch.stack([-2 * in_x, -2 * in_y, other, in_x**2 + in_y**2]).float()
+    square = left @ right  # whole numbers of at most 8: exact in any precision
     return (square >= 1).int() + (square >= 4).int()
 
 

@@ -17,7 +17,7 @@ from trainables.family import Family, Hypers, Metric, State
 from trainables.vgg_decay import data, decay, measures, updates
 from trainables.vgg_decay.augment import augmented, normalise
 from trainables.vgg_decay.cases import CASES
-from trainables.vgg_decay.model import forward_eval, forward_train, init_params, init_running
+from trainables.vgg_decay.model import convolves, forward_eval, forward_train, init_params, init_running
 from trainables.vgg_decay.presets import PRESETS
 from trainables.vgg_decay.program import (
     COVARIATES,
@@ -49,7 +49,7 @@ def step(program: Program, state: State, hyper: Hypers, batch: dict[str, Tensor]
     images = augmented(program, hyper, state["seed"], state["step"], batch["images"])
 
     def objective(trial: dict[str, Tensor]) -> tuple[Tensor, tuple]:
-        logits, running, _ = forward_train(program, trial, state["running"], images, batch["real"])
+        logits, running = forward_train(program, trial, state["running"], images, batch["real"])
         each = F.cross_entropy(logits, batch["labels"], reduction="none")
         flat = -torch.log_softmax(logits, 1).mean(1)
         smooth = hyper["label_smoothing"]
@@ -104,7 +104,7 @@ def evaluate(program: Program, state: State, hyper: Hypers, batch: dict[str, Ten
     if asked(program, "train"):
         sums["train_eval_acc"] = (correct & real & (part == data.TRAIN)).sum() * (test / train)
     if asked(program, "batch_stats"):
-        fresh, _, _ = forward_train(program, state["params"], state["running"], images, real)
+        fresh, _ = forward_train(program, state["params"], state["running"], images, real)
         sums["test_acc_batch_stats"] = ((fresh.argmax(1) == labels) & tested).sum()
     whole = measures.weight_measures(program, state)
     if asked(program, "grouping"):
@@ -174,7 +174,7 @@ METRICS = {
 FAMILY: Family = Family(
     covariates=COVARIATES[:-1],
     name="vgg_decay",
-    convolves=True,
+    convolves=convolves,
     Program=Program,
     Hyper=Hyper,
     metrics=METRICS,

@@ -110,11 +110,11 @@ def permuted(seed: Tensor, layer: Layer, weight: Tensor) -> Tensor:
 
 
 def centred(hidden: Tensor, real: Tensor) -> Tensor:
-    """Activations [N, C, H, W] -> [C, N H W], each unit's mean over the real examples taken off, the others 0."""
+    """Activations [N, H, W, C] -> [C, N H W], each unit's mean over the real examples taken off, the others 0."""
     weight = real.to(hidden.dtype)[:, None, None, None]
-    count = torch.clamp(weight.sum() * (hidden.shape[2] * hidden.shape[3]), min=1.0)
-    mean = (hidden * weight).sum((0, 2, 3), keepdim=True) / count
-    return ((hidden - mean) * weight).movedim(1, 0).flatten(1)
+    count = torch.clamp(weight.sum() * (hidden.shape[1] * hidden.shape[2]), min=1.0)
+    mean = (hidden * weight).sum((0, 1, 2)) / count
+    return ((hidden - mean) * weight).movedim(3, 0).flatten(1)
 
 
 def contrast(units: int, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Source: hyqneuron/regularizers `main.py` and hyqneuron/pylibhuva `th_model.make_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from trainables import draws
 from trainables.family import dtype_of
+from trainables.vgg_decay import conv_ops
+from trainables.vgg_decay.batch_norm import EPSILON, activated, normalised
 from trainables.vgg_decay.program import Layer, Program, has_short_batch, layers
 
-EPSILON = 1e-5
 MOMENTUM = 0.1
 
 Tensors = dict[str, Tensor]
@@ -48,7 +49,7 @@ def init_running(program: Program, seed: Tensor) -> Tensors:
 
 def forward_train(
     program: Program, params: Mapping[str, Tensor], running: Mapping[str, Tensor], images: Tensor, real: Tensor
-) -> tuple[Tensor, Tensors, Tensors]:
+) -> tuple[Tensor, Tensors]:
     """The net with each batch's own statistics.
 
     Args:
@@ -56,65 +57,75 @@ def forward_train(
         real: bool [N]; the others pad a short batch and take no part in the statistics.
 
     Returns:
-        logits [N, classes], the running statistics after this batch, and the last two hidden layers' activations.
+        logits [N, classes], and the running statistics after this batch.
     """
     mask = real if has_short_batch(program) else None
     moved: Tensors = {}
 
-    def normalise(layer: Layer, x: Tensor) -> Tensor:
-        mean, var, count = _moments(x, mask)
+    def activate(layer: Layer, x: Tensor, pool: bool) -> Tensor:
         # The bias cancels against the batch mean, so the forward pass leaves it out: its gradient is exactly 0 and
         # not rounding noise, which Adam and the normalised updates would blow up. The running mean still holds it.
-        bias = params[f"{layer.name}.bias"]
+        gamma, beta, bias = (params[f"{layer.name}.{part}"] for part in ("gamma", "beta", "bias"))
+        z, (mean, var, count) = normalised(x, gamma, beta, mask, pool)
         for name, new in (("mean", mean + bias), ("var", var * (count / (count - 1)))):
             old = running[f"{layer.name}.{name}"]
             moved[f"{layer.name}.{name}"] = (1 - MOMENTUM) * old + MOMENTUM * new.detach()
-        scale = params[f"{layer.name}.gamma"] / torch.sqrt(var + EPSILON)
-        return _affine(x, mean, scale, params[f"{layer.name}.beta"])
+        return z
 
-    logits, hidden = _forward(program, params, images, normalise)
-    return logits, moved, hidden
+    return _forward(program, params, images, activate), moved
 
 
 def forward_eval(
     program: Program, params: Mapping[str, Tensor], running: Mapping[str, Tensor], images: Tensor
 ) -> tuple[Tensor, Tensors]:
-    """The net with the running statistics. Returns logits [N, classes] and the last two hidden layers' activations."""
+    """The net with the running statistics.
 
-    def normalise(layer: Layer, x: Tensor) -> Tensor:
+    Returns:
+        logits [N, classes], and the activations of the last two hidden layers before pooling, [N, H, W, C].
+    """
+    watched, hidden = [layer.name for layer in layers(program) if layer.norm][-2:], {}
+
+    def activate(layer: Layer, x: Tensor, pool: bool) -> Tensor:
         scale = params[f"{layer.name}.gamma"] / torch.sqrt(running[f"{layer.name}.var"] + EPSILON)
         centre = running[f"{layer.name}.mean"] - params[f"{layer.name}.bias"]
-        return _affine(x, centre, scale, params[f"{layer.name}.beta"])
+        shift = params[f"{layer.name}.beta"]
+        if layer.name in watched:
+            hidden[layer.name] = activated(x, centre, scale, shift, pool=False)
+        return activated(x, centre, scale, shift, pool)
 
-    return _forward(program, params, images, normalise)
+    return _forward(program, params, images, activate), hidden
 
 
-def _forward(program, params, images, normalise) -> tuple[Tensor, Tensors]:
-    dtype = dtype_of(program)
-    x, hidden = images, {}
+def _forward(
+    program: Program, params: Mapping[str, Tensor], images: Tensor, activate: Callable[[Layer, Tensor, bool], Tensor]
+) -> Tensor:
+    """Logits. `activate`: what stands between a convolution and the next, with pooling or without."""
+    x = images.permute(0, 2, 3, 1)
     for layer in layers(program):
-        x = F.conv2d(x, params[f"{layer.name}.weight"], padding=layer.kernel // 2)
+        x = _convolution(program, layer, x, params[f"{layer.name}.weight"])
         if layer.norm:
-            # statistics in the parameters' dtype; what the next convolution reads in the convolution's own
-            x = torch.relu(normalise(layer, x.to(dtype))).to(x.dtype)
-            hidden[layer.name] = x
-        if layer.pool_after:
-            x = F.max_pool2d(x, 2)
+            x = activate(layer, x, layer.pool_after)
     # one position is left in the notebook's net; a shallower one averages over those it has
-    return x.to(dtype).mean((2, 3)) + params["logit.bias"], dict(list(hidden.items())[-2:])
+    return x.to(dtype_of(program)).mean((1, 2)) + params["logit.bias"]
 
 
-def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Mean and biased variance per channel over the real examples, and how many values each is of."""
-    if mask is None:
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        return mean, var, float(x.shape[0] * x.shape[2] * x.shape[3])
-    weight = mask.to(x.dtype)[:, None, None, None]
-    count = weight.sum() * (x.shape[2] * x.shape[3])
-    mean = (x * weight).sum((0, 2, 3)) / count
-    spread = (x - mean[:, None, None]) * weight
-    return mean, (spread * spread).sum((0, 2, 3)) / count, count
+def convolves(program: Program) -> bool:
+    """Whether convolutions on a GPU are PyTorch's own, and not the operators that take all lanes at once."""
+    return program.precision != "bf16"
 
 
-def _affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return (x - centre[:, None, None]) * scale[:, None, None] + shift[:, None, None]
+def _convolution(program: Program, layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    """Without bias, same size. x [N, H, W, C], weight [O, C, k, k] -> [N, H, W, O]."""
+    if x.device.type == "cuda" and not convolves(program):
+        x = x.to(torch.bfloat16)
+        few = layer.kernel == 3 and layer.inputs < conv_ops.DIVISOR
+        return conv_ops.convolution(*(_unfolded(x, weight) if few else (x, weight)))
+    if layer.kernel == 1:
+        return x @ weight.flatten(1).mT
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=layer.kernel // 2).permute(0, 2, 3, 1)
+
+
+def _unfolded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution of an image's few channels as one of 1x1: every position with its nine neighbours' channels."""
+    windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # [N, H, W, C, 3, 3]
+    return windows.flatten(3), weight.flatten(1)[:, :, None, None]
