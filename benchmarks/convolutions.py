@@ -1,7 +1,7 @@
 """vgg_decay's layers one by one: `python benchmarks/convolutions.py --lanes 32`, on a GPU.
 
 Each convolution of the notebook's net (batch 128, bf16), of all lanes at once by the family's kernels
-(`trainables/vgg_decay/conv_kernel.py`), and of one lane by cuDNN, channels last; then what stands between two
+(`trainables/convolution_kernel.py`), and of one lane by cuDNN, channels last; then what stands between two
 convolutions: normalise, rectify, pool, by the family's kernels (`.norm_kernel`) and by the same formulas compiled.
 Microseconds a lane, each from a CUDA graph. `least`: operations at the card's bf16 matmul ceiling, or bytes at its copy
 bandwidth, whichever is more.
@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages 
 
 from benchmarks.attention import graphed
 from benchmarks.card import ceilings, seconds_of
-from trainables.vgg_decay import conv_ops, norm_ops
+from trainables import convolution
+from trainables.vgg_decay import norm_ops
 from trainables.vgg_decay.program import Program, layers
 
 BATCH = 128
@@ -42,13 +43,13 @@ def convolutions(lanes: int, card: dict[str, float]) -> list[str]:
     rows = []
     side = 32
     for layer in layers(Program(data="cifar10", precision="bf16")):
-        if layer.kernel == 3 and layer.inputs >= conv_ops.DIVISOR:
+        if layer.kernel == 3 and layer.inputs >= convolution.DIVISOR:
             x, weight = draw(lanes * BATCH, side, side, layer.inputs), draw(lanes, layer.outputs, 3, 3, layer.inputs)
             grad = draw(lanes * BATCH, side, side, layer.outputs)
             ours = (
-                lambda x=x, weight=weight: conv_ops.conv_forward(x, weight),
-                lambda grad=grad, weight=weight: conv_ops.conv_backward_input(grad, weight),
-                lambda grad=grad, x=x, weight=weight: conv_ops.conv_backward_weight(grad, x, weight),
+                lambda x=x, weight=weight: convolution.conv_forward(x, weight),
+                lambda grad=grad, weight=weight: convolution.conv_backward_input(grad, weight),
+                lambda grad=grad, x=x, weight=weight: convolution.conv_backward_weight(grad, x, weight),
             )
             one, taps = (tensor.permute(0, 3, 1, 2) for tensor in (x[:BATCH], weight[0]))
             slope = grad[:BATCH].permute(0, 3, 1, 2)

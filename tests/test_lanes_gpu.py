@@ -32,8 +32,9 @@ for _family, _case in CASES:
 # and one of a further kind of net
 FURTHER = [("multi_neuron", "continual")]
 CHOSEN = CASES if os.environ.get("LANEWISE_GPU_CASES") == "all" else [*FIRST.values(), *FURTHER]
-# the cases' nets are too narrow for the families' own kernels, or for all of their tiles
-WIDE: dict[str, dict] = {"ci_vit": {"hidden": 48}, "vgg_decay": {"widths": (32, 64)}}
+# The cases' nets are too narrow for the families' own kernels, or for all of their tiles; and at the rate .1 a loss
+# after 20 steps of vgg_decay's case moves by .3 when the first weights move by 2^-9 (in float64), at .01 by .04.
+SUITED: dict[str, dict] = {"ci_vit": {"hidden": 48}, "vgg_decay": {"widths": (32, 64), "lr": 0.01}}
 TOLERANCE = {"float32": 2e-3, "bf16": 5e-2}
 
 
@@ -52,7 +53,7 @@ def chosen(request):
 @pytest.mark.parametrize("engine", ["stacked, compiled", "branched"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_lane_on_gpu_equals_serial(chosen, engine, precision, cache_dir):
-    family, program, hyper = build_case(*chosen, precision=precision, **WIDE.get(chosen[0], {}))
+    family, program, hyper = build_case(*chosen, precision=precision, **SUITED.get(chosen[0], {}))
     arrays = arrays_of(family, program, cache_dir, "cuda")
     steps = min(20, family.schedule(program).steps)
     alone = SerialEngine(family, program, arrays, "cuda")
@@ -94,7 +95,7 @@ def run_lane(engine, key: str, steps: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_poisoned_lanes_leave_the_one_between_them_alone_on_gpu(chosen, precision, cache_dir):
-    family, program, hyper = build_case(*chosen, precision=precision, **WIDE.get(chosen[0], {}))
+    family, program, hyper = build_case(*chosen, precision=precision, **SUITED.get(chosen[0], {}))
     arrays = arrays_of(family, program, cache_dir, "cuda")
     clean, poisoned = (make_engine("stacked, compiled", 4, family, program, arrays, "cuda") for _ in range(2))
     for engine in (clean, poisoned):

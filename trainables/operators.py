@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
@@ -25,6 +26,20 @@ def takes_lanes(operator: CustomOpDef) -> None:
         if isinstance(found, Tensor):
             return found.unflatten(0, (lanes, -1)), 0
         return tuple(one.unflatten(0, (lanes, -1)) for one in found), (0,) * len(found)
+
+
+@torch.library.custom_op("lanewise::kept", mutates_args=())
+def kept(tensor: Tensor) -> Tensor:
+    """The same, [N, ...], written to memory: torch.compile works out anew, for each, what many elements share."""
+    return tensor.clone()
+
+
+@kept.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+takes_lanes(kept)
 
 
 def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:

@@ -23,13 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
+from trainables.convolution import convolution
 from trainables.family import Hypers
 from trainables.multi_neuron.program import Clock, Program, active_choices, steps_per_epoch
 
 Params = dict[str, Tensor]
-
-WHOLE = 8
-"""Channels of a group that cuDNN multiplies by themselves."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ class Pass:
 
     def _conv2d(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.program.precision == "bf16" and x.device.type == "cuda":
-            return filled_conv2d(x, weight, bias)
+            return lane_conv2d(x.to(torch.bfloat16), weight, bias)
         return F.conv2d(x, weight, bias)
 
     def _multi(self, name: str, x: Tensor, outputs: Tensor, each: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -253,15 +251,12 @@ class Pass:
         return torch.where(kept, x / (1 - rate), torch.zeros_like(x))
 
 
-def filled_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.conv2d, with zeros up to numbers of channels that WHOLE divides, which keeps lanes apart.
-
-    Under vmap lanes are groups. cuDNN in bf16 does several groups of few channels in one product, where 0 times another
-    lane's NaN is NaN (torch 2.11 on an H200: 3 to 7 channels, tests/test_lanes_gpu.py).
-    """
-    outputs, inputs = (-channels % WHOLE for channels in weight.shape[:2])
-    weight, bias = F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs)), F.pad(bias, (0, outputs))
-    return F.conv2d(F.pad(x, (0, 0, 0, 0, 0, inputs)), weight, bias)[:, : weight.shape[0] - outputs]
+def lane_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.conv2d by the operator that keeps lanes apart: of the same size, then without the rim where it read zeros."""
+    rim = weight.shape[2] // 2
+    whole = convolution(x.permute(0, 2, 3, 1), weight)
+    inner = whole[:, rim : x.shape[2] - rim, rim : x.shape[3] - rim] + bias.to(x.dtype)
+    return inner.permute(0, 3, 1, 2)
 
 
 def _activated(x: Tensor, relu: bool) -> Tensor:

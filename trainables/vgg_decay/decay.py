@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainables.family import Hypers
+from trainables.operators import kept
 from trainables.vgg_decay.program import Layer, Program, last_conv, layers
 
 GRID = 3
@@ -119,4 +120,4 @@ def topo_multiplier(hyper: Hypers, flag: Tensor, layer: Layer, device: torch.dev
     base, apart = hyper["topo_base"], distances(layer.outputs, layer.inputs, device)
     multiplier = torch.where(apart == 0, torch.ones_like(base), torch.where(apart == 1, base, base * base))
     multiplier = torch.where(hyper["topo_uniform"] > 0, multiplier.mean(), multiplier)
-    return torch.where(flag > 0, multiplier, torch.ones_like(base))[:, :, None, None]
+    return kept(torch.where(flag > 0, multiplier, torch.ones_like(base)))[:, :, None, None]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
+from trainables.convolution import convolution
 from trainables.family import dtype_of
-from trainables.vgg_decay import conv_ops
 from trainables.vgg_decay.batch_norm import EPSILON, activated, normalised
 from trainables.vgg_decay.program import Layer, Program, has_short_batch, layers
 
@@ -117,15 +117,7 @@ def convolves(program: Program) -> bool:
 def _convolution(program: Program, layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     """Without bias, same size. x [N, H, W, C], weight [O, C, k, k] -> [N, H, W, O]."""
     if x.device.type == "cuda" and not convolves(program):
-        x = x.to(torch.bfloat16)
-        few = layer.kernel == 3 and layer.inputs < conv_ops.DIVISOR
-        return conv_ops.convolution(*(_unfolded(x, weight) if few else (x, weight)))
+        return convolution(x.to(torch.bfloat16), weight)
     if layer.kernel == 1:
         return x @ weight.flatten(1).mT
     return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=layer.kernel // 2).permute(0, 2, 3, 1)
-
-
-def _unfolded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution of an image's few channels as one of 1x1: every position with its nine neighbours' channels."""
-    windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # [N, H, W, C, 3, 3]
-    return windows.flatten(3), weight.flatten(1)[:, :, None, None]

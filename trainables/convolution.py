@@ -4,9 +4,9 @@
 
 Under torch.func.vmap a convolution becomes one of as many groups as there are lanes, which no library does fast. These
 operators join the lanes to the samples instead, each lane's samples with its own weight: on a GPU one Triton kernel
-each (`.conv_kernel`), elsewhere PyTorch's convolution, lane by lane. cuDNN's convolution of groups also mixes what
-it must not: in bf16 it does several narrow groups in one product, where 0 times another lane's NaN is NaN (torch
-2.11 on an H200, `tests/test_lanes_gpu.py`).
+each (`.convolution_kernel`), elsewhere PyTorch's convolution, lane by lane. Nor does cuDNN keep lanes apart as it
+should: in bf16 it does several narrow groups in one product, where 0 times another lane's NaN is NaN (torch 2.11 on an
+H200, `tests/test_lanes_gpu.py`).
 
 Rounding, bf16: products are summed in float32 and rounded once, as cuDNN does; the weight's gradient stays float32,
 where autocast rounds it to bf16.
@@ -26,6 +26,13 @@ from trainables.operators import takes_lanes, triton_for
 
 DIVISOR = 16
 """Tensor cores multiply this many channels at a time: the kernels take multiples of it."""
+FEW = 64
+"""So many channels of all taps together are multiplied at once, whatever their number."""
+
+
+def few(inputs: int, kernel: int) -> bool:
+    """Whether a convolution's channels are few, as an image's: read for all taps at once."""
+    return inputs < DIVISOR and inputs * kernel**2 <= FEW
 
 
 # --- the operators: [samples, height, width, channels], one weight a group of samples ---------------------------------
@@ -73,7 +80,7 @@ def conv_backward_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         weight: [G, O, k, k, C], asked for its shape alone.
 
     Returns:
-        Of the weights' shape, at least float32.
+        [G, O, C, k, k] as PyTorch keeps a weight, at least float32.
     """
     return backward_weight_formula(grad, x, weight)
 
@@ -84,7 +91,7 @@ def backward_weight_formula(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     parts = zip(x.to(wide).chunk(len(weight)), grad.to(wide).chunk(len(weight)), strict=True)
     shape = _first(weight[0]).shape
     each = [conv2d_weight(_first(a), shape, _first(g), padding=shape[-1] // 2) for a, g in parts]
-    return torch.stack([_last(slope) for slope in each])
+    return torch.stack(each)
 
 
 def _first(tensor: Tensor) -> Tensor:
@@ -112,7 +119,8 @@ def _(grad: Tensor, weight: Tensor) -> Tensor:
 
 @conv_backward_weight.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(weight.shape, dtype=_wide(x.dtype))
+    groups, outputs, *sides, inputs = weight.shape
+    return x.new_empty((groups, outputs, inputs, *sides), dtype=_wide(x.dtype))
 
 
 @conv_forward.register_kernel("cuda")
@@ -133,8 +141,8 @@ def _(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def gpu_kernel() -> ModuleType:
     """The module of the GPU kernels. Raises `BadValue` where Triton is missing."""
     with triton_for("convolutions in bf16 on a GPU need", "take precision=float32"):
-        from trainables.vgg_decay import conv_kernel
-    return conv_kernel
+        from trainables import convolution_kernel
+    return convolution_kernel
 
 
 for _operator in (conv_forward, conv_backward_input, conv_backward_weight):
@@ -186,9 +194,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _):
         x, taps = ctx.saved_tensors
         grad, x, taps = grad.detach(), x.detach(), taps.detach()
-        slope = conv_backward_weight(grad, x, taps).squeeze(0)
         # what nobody asks for is left out when the step is compiled: the first layer's images have no gradient
-        return conv_backward_input(grad, taps), slope.permute(0, 3, 1, 2).to(ctx.kind)
+        return conv_backward_input(grad, taps), conv_backward_weight(grad, x, taps).squeeze(0).to(ctx.kind)
 
 
 @torch.compiler.allow_in_graph
@@ -208,6 +215,8 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
 def _filled(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """With zeros up to numbers of channels that the kernels take."""
     outputs, inputs = (-channels % DIVISOR for channels in weight.shape[:2])
+    if few(weight.shape[1], weight.shape[2]):
+        inputs = 0
     if inputs or outputs:
         return F.pad(x, (0, inputs)), F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs))
     return x, weight

@@ -5,7 +5,8 @@
 
 Each is a matrix product whose left side is never written down (implicit GEMM): a row is a position of a sample, and for
 each of the k * k taps it reads the channels of the position that far away, or zeros outside the image. Lanes are the
-grid's last axis, each with its own weight. Channels stand innermost everywhere, so that every read is of whole lines.
+grid's last axis, each with its own weight. Channels stand innermost everywhere, so that every read is of whole lines;
+an image's few channels are read for all taps at once.
 Triton comes with PyTorch's CUDA wheels; this module is imported only where a GPU asks for it.
 """
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.vgg_decay.conv_ops import DIVISOR
+from trainables.convolution import DIVISOR, FEW, few
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,38 @@ def _product(
 
 
 @triton.jit
+def _product_of_few(
+    x, weight, y, positions,
+    H: tl.constexpr, W: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_product`, where DEPTH holds all taps' channels."""
+    TILES: tl.constexpr = (OUTPUTS + COLUMNS - 1) // COLUMNS
+    TERMS: tl.constexpr = INPUTS * SIZE * SIZE
+    group = tl.program_id(1).to(tl.int64)
+    x += group * positions * INPUTS
+    y += group * positions * OUTPUTS
+    weight += group * (OUTPUTS * TERMS)
+    row = tl.program_id(0) // TILES * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)
+    term = tl.arange(0, DEPTH)
+    a = _neighbours(x, row, term, positions, H, W, INPUTS, SIZE)
+    there = (column < OUTPUTS)[:, None] & (term < TERMS)[None, :]
+    b = tl.trans(tl.load(weight + (column * TERMS)[:, None] + term[None, :], mask=there, other=0.0))
+    total = tl.dot(a, b, input_precision="ieee")
+    written = (row < positions)[:, None] & (column < OUTPUTS)[None, :]
+    tl.store(y + row[:, None] * OUTPUTS + column[None, :], total.to(y.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _neighbours(x, row, term, positions, H: tl.constexpr, W: tl.constexpr, INPUTS: tl.constexpr, SIZE: tl.constexpr):
+    """[rows, terms]: for each term, tap by tap, the channel of the position that far away."""
+    away, inside = _reach(row[:, None], (term // INPUTS)[None, :], H, W, SIZE)
+    inside &= (row < positions)[:, None] & (term < INPUTS * SIZE * SIZE)[None, :]
+    return tl.load(x + (row[:, None] + away) * INPUTS + (term % INPUTS)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _outer(
     grad, x, parts, positions,
     H: tl.constexpr, W: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, SIZE: tl.constexpr,
@@ -116,35 +149,91 @@ def _outer(
         tl.store(at, totals[i], mask=written)
 
 
+@triton.jit
+def _outer_of_few(
+    grad, x, parts, positions,
+    H: tl.constexpr, W: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, SIZE: tl.constexpr,
+    MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_outer`, where COLUMNS holds all taps' channels."""
+    TERMS: tl.constexpr = INPUTS * SIZE * SIZE
+    group, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    grad += group * positions * OUTPUTS
+    x += group * positions * INPUTS
+    parts += (group * tl.num_programs(1) + split) * (OUTPUTS * TERMS)
+    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    term = tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, MOST, DEPTH):
+        row = split * MOST + start + tl.arange(0, DEPTH)
+        there = (row < positions)[:, None] & (o < OUTPUTS)[None, :]
+        g = tl.trans(tl.load(grad + row[:, None] * OUTPUTS + o[None, :], mask=there, other=0.0))
+        a = _neighbours(x, row, term, positions, H, W, INPUTS, SIZE)
+        total = tl.dot(g, a, total, input_precision="ieee")
+    written = (o < OUTPUTS)[:, None] & (term < TERMS)[None, :]
+    tl.store(parts + (o * TERMS)[:, None] + term[None, :], total, mask=written)
+
+
+@triton.jit
+def _sums(
+    parts, sums,
+    SPLITS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """sums[o, c, tap] = sum over the splits of parts[split, o, tap, c]: the order in which a weight is kept."""
+    TILES: tl.constexpr = (INPUTS + COLUMNS - 1) // COLUMNS
+    group = tl.program_id(1).to(tl.int64)
+    parts += group * (SPLITS * INPUTS * OUTPUTS * TAPS)
+    sums += group * (INPUTS * OUTPUTS * TAPS)
+    o = tl.program_id(0) // TILES
+    c = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tap = tl.arange(0, ROWS)[:, None]
+    there = (tap < TAPS) & (c < INPUTS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(parts + split * (INPUTS * OUTPUTS * TAPS) + (o * TAPS + tap) * INPUTS + c, there, 0.0)
+    tl.store(sums + (o * INPUTS + c) * TAPS + tap, total, mask=there)
+
+
 def forward(x: Tensor, weight: Tensor) -> Tensor:
-    """As `conv_ops.conv_forward`."""
+    """As `convolution.conv_forward`."""
     return _multiplied(x, weight, back=False)
 
 
 def backward_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """As `conv_ops.conv_backward_input`."""
+    """As `convolution.conv_backward_input`."""
     return _multiplied(grad, weight, back=True)
 
 
 def backward_weight(grad: Tensor, x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
-    """As `conv_ops.conv_backward_weight`."""
+    """As `convolution.conv_backward_weight`."""
     grad, x = grad.contiguous(), x.contiguous()
     samples, height, width, inputs = x.shape
     groups, outputs, kernel = weight.shape[:3]
     taps = kernel * kernel
     positions = samples // groups * height * width
-    blocks = fitting(blocks or outer_blocks(inputs, outputs), x)
-    at_once = taps_at_once(kernel, blocks)
+    terms = inputs * taps if few(inputs, kernel) else inputs
+    blocks = fitting(blocks or outer_blocks(terms, outputs), x)
     # as many rows a split whatever the number of lanes: a lane's sums do not depend on its neighbours
     most = min(MOST_ROWS, triton.cdiv(positions, blocks.depth) * blocks.depth)
     splits = triton.cdiv(positions, most)
-    parts = torch.empty((groups, splits, outputs, kernel, kernel, inputs), dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(outputs, blocks.rows) * triton.cdiv(inputs, blocks.columns) * (taps // at_once)
-    _outer[(tiles, splits, groups)](
-        grad, x, parts, positions, height, width, inputs, outputs, kernel, most, at_once,
-        blocks.rows, blocks.columns, blocks.depth, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-    return parts.squeeze(1) if splits == 1 else parts.sum(1)
+    parts = torch.empty((groups, splits, outputs * taps * inputs), dtype=torch.float32, device=x.device)
+    rows = triton.cdiv(outputs, blocks.rows)
+    what = (grad, x, parts, positions, height, width, inputs, outputs, kernel, most)
+    shape = (blocks.rows, blocks.columns, blocks.depth)
+    how = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    if few(inputs, kernel):
+        _outer_of_few[(rows, splits, groups)](*what, *shape, **how)
+    else:
+        at_once = taps_at_once(kernel, blocks)
+        tiles = rows * triton.cdiv(inputs, blocks.columns) * (taps // at_once)
+        _outer[(tiles, splits, groups)](*what, at_once, *shape, **how)
+    sums = torch.empty((groups, outputs, inputs, kernel, kernel), dtype=torch.float32, device=x.device)
+    columns = min(128, triton.next_power_of_2(inputs))
+    _sums[(outputs * triton.cdiv(inputs, columns), groups)](
+        parts, sums, splits, inputs, outputs, taps, triton.next_power_of_2(taps), columns
+    )
+    return sums
 
 
 def _multiplied(x: Tensor, weight: Tensor, back: bool, blocks: Blocks | None = None) -> Tensor:
@@ -153,33 +242,42 @@ def _multiplied(x: Tensor, weight: Tensor, back: bool, blocks: Blocks | None = N
     groups, kernel = len(weight), weight.shape[2]
     outputs = weight.shape[4] if back else weight.shape[1]
     positions = samples // groups * height * width
-    blocks = fitting(blocks or product_blocks(inputs, outputs), x)
+    all_taps = not back and few(inputs, kernel)
+    blocks = fitting(blocks or product_blocks(inputs * kernel**2 if all_taps else inputs, outputs, all_taps), x)
     y = x.new_empty((samples, height, width, outputs))
-    tiles = triton.cdiv(positions, blocks.rows) * triton.cdiv(outputs, blocks.columns)
-    _product[(tiles, groups)](
-        x, weight, y, positions, height, width, inputs, outputs, kernel, back,
-        blocks.rows, blocks.columns, blocks.depth, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+    grid = (triton.cdiv(positions, blocks.rows) * triton.cdiv(outputs, blocks.columns), groups)
+    what = (x, weight, y, positions, height, width, inputs, outputs, kernel)
+    shape = (blocks.rows, blocks.columns, blocks.depth)
+    how = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    if all_taps:
+        _product_of_few[grid](*what, *shape, **how)
+    else:
+        _product[grid](*what, back, *shape, **how)
     return y
 
 
 NARROW = 32
 """Tiles at most so wide are for two warps, too few for Hopper's own products: with four, and a tile of 64 x 32, Triton
-3.6's `_outer` gave one lane's NaN to another (beside NaN lanes on an H200, `tests/test_conv_kernel.py`; compare
+3.6's `_outer` gave one lane's NaN to another (beside NaN lanes on an H200, `tests/test_convolution.py`; compare
 triton-lang/triton 10486 and 11366)."""
 
 
-def product_blocks(inputs: int, outputs: int) -> Blocks:
-    """Of the forward kernel and of the gradient with respect to x. Measured on an H200 (benchmarks/results/h200.md)."""
-    columns, depth = _tile(outputs, 256), _divisor(inputs, 64)
+def product_blocks(terms: int, outputs: int, all_at_once: bool = False) -> Blocks:
+    """Of the forward kernel and of the gradient with respect to x. Measured on an H200 (benchmarks/results/h200.md).
+
+    terms: channels that are summed over, or those of all taps where they are few and go all at once.
+    """
+    columns, depth = _tile(outputs, 256), _tile(terms, FEW) if all_at_once else _divisor(terms, 64)
     if min(columns, depth) <= NARROW:
-        return Blocks(128, min(columns, 64), depth, 2)
+        return Blocks(256 if max(columns, depth) <= NARROW else 128, min(columns, 64), depth, 2)
     return Blocks(128, columns, depth, 4 if columns <= 64 else 8, 4 if depth <= 32 else 3)
 
 
-def outer_blocks(inputs: int, outputs: int) -> Blocks:
-    """Of the weight's gradient. Measured on an H200 (benchmarks/results/h200.md)."""
-    rows, columns = _tile(outputs, 128), _tile(inputs, 128)
+def outer_blocks(terms: int, outputs: int) -> Blocks:
+    """Of the weight's gradient, `terms` by `outputs`. Measured on an H200 (benchmarks/results/h200.md)."""
+    rows, columns = _tile(outputs, 128), _tile(terms, 128)
+    if max(rows, columns) <= NARROW:
+        return Blocks(rows, columns, 64, 1, 2)
     if min(rows, columns) <= NARROW:
         return Blocks(min(rows, 64), min(columns, 64), 64, 2, 2)
     return Blocks(rows, columns, 64, 8 if rows * columns > 128 * 64 else 4)
@@ -202,7 +300,7 @@ def taps_at_once(kernel: int, blocks: Blocks) -> int:
 
 
 def _tile(channels: int, most: int) -> int:
-    return min(most, triton.next_power_of_2(channels))
+    return min(most, max(DIVISOR, triton.next_power_of_2(channels)))
 
 
 def _divisor(channels: int, most: int) -> int:

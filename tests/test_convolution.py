@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 
 from tests.gpu_kernels import assert_replays, run_interpreted
+from trainables import convolution
 from trainables.family import BadValue
-from trainables.vgg_decay import conv_ops, model, norm_ops
+from trainables.vgg_decay import model, norm_ops
 from trainables.vgg_decay.program import Program
 
 SHAPES = [
@@ -26,6 +27,9 @@ SHAPES = [
     (3, 5, 1, 1, 32, 48, 1),
     (1, 2, 2, 2, 32, 160, 3),  # columns in two tiles, the second not full
     (2, 17, 4, 4, 16, 16, 3),  # rows in more than one tile, the last not full
+    (2, 5, 6, 4, 3, 32, 3),  # an image's channels
+    (1, 3, 3, 5, 7, 16, 3),
+    (2, 2, 4, 4, 1, 160, 3),
 ]
 ON_GPU = [
     pytest.mark.gpu,
@@ -56,7 +60,7 @@ def expected_of(x, weight, slope):
         y = plain(leaves[0], leaves[1].permute(0, 3, 1, 2))
         found.append((y.detach(), *torch.autograd.grad(y, leaves, to_y)))
     ys, to_x, to_weight = zip(*found, strict=True)
-    return torch.cat(ys), torch.cat(to_x), torch.stack(to_weight)
+    return torch.cat(ys), torch.cat(to_x), torch.stack(to_weight).permute(0, 1, 4, 2, 3)
 
 
 def results_of(operators, x, weight, slope):
@@ -71,7 +75,7 @@ def assert_near(found, expected, limits):
         assert error <= limit, (name, float(error))
 
 
-OPERATORS = conv_ops.conv_forward, conv_ops.conv_backward_input, conv_ops.conv_backward_weight
+OPERATORS = convolution.conv_forward, convolution.conv_backward_input, convolution.conv_backward_weight
 EXACT = dict.fromkeys((torch.float64,), (1e-12,) * 3) | {torch.float32: (1e-5,) * 3}
 
 
@@ -89,7 +93,7 @@ def test_lanes_under_vmap_equal_one_by_one_with_their_gradients(shape):
     def loss(convolution):
         return lambda image, taps, to_y: (convolution(image, taps) * to_y).sum()
 
-    together = vmap(grad(loss(conv_ops.convolution), argnums=(0, 1)))(*lanes)
+    together = vmap(grad(loss(convolution.convolution), argnums=(0, 1)))(*lanes)
     for lane, alone in enumerate(zip(*lanes, strict=True)):
         expected = grad(loss(plain), argnums=(0, 1))(*alone)
         for found, one in zip(together, expected, strict=True):
@@ -99,31 +103,22 @@ def test_lanes_under_vmap_equal_one_by_one_with_their_gradients(shape):
 def test_the_weights_gradient_is_not_rounded():
     x, weight, slope = inputs(SHAPES[0], torch.bfloat16)
     master = weight[0].permute(0, 3, 1, 2).float()
-    found = grad(lambda taps: (conv_ops.convolution(x, taps).float() * slope.float()).sum())(master)
+    found = grad(lambda taps: (convolution.convolution(x, taps).float() * slope.float()).sum())(master)
     assert found.dtype == torch.float32
-    expected = expected_of(x, weight, slope)[2][0].permute(0, 3, 1, 2)
+    expected = expected_of(x, weight, slope)[2][0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_an_image_unfolded_over_its_neighbours_gives_the_same_convolution(channels):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 6, channels, generator=generator, dtype=torch.float64)
-    weight = torch.randn(16, channels, 3, 3, generator=generator, dtype=torch.float64)
-    unfolded, taps = model._unfolded(x, weight)
-    torch.testing.assert_close(conv_ops.convolution(unfolded, taps), plain(x, weight), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("few", "many"), [(5, 10), (17, 16), (16, 30), (32, 16)])
-def test_any_number_of_channels_is_filled_up(few, many):
-    x, weight, slope = inputs((1, 3, 4, 5, few, many, 3))
+@pytest.mark.parametrize(("channels", "filled"), [((8, 10), (16, 16)), ((17, 16), (32, 16)), ((3, 30), (3, 32))])
+def test_any_number_of_channels_is_filled_up(channels, filled):
+    x, weight, slope = inputs((1, 3, 4, 5, *channels, 3))
     weight = weight[0].permute(0, 3, 1, 2)
-    filled, taps = conv_ops._filled(x, weight)
-    assert filled.shape[-1] % conv_ops.DIVISOR == taps.shape[0] % conv_ops.DIVISOR == 0
-    torch.testing.assert_close(conv_ops.convolution(x, weight), plain(x, weight), rtol=1e-12, atol=1e-12)
+    whole, taps = convolution._filled(x, weight)
+    assert (whole.shape[-1], len(taps)) == filled
+    torch.testing.assert_close(convolution.convolution(x, weight), plain(x, weight), rtol=1e-12, atol=1e-12)
     found, expected = (
         grad(lambda a, b, f=f: (f(a, b) * slope).sum(), argnums=(0, 1))(x, weight)
-        for f in (conv_ops.convolution, plain)
+        for f in (convolution.convolution, plain)
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -134,19 +129,19 @@ def test_the_engine_that_fits_a_net():
     assert model.convolves(Program(data="cifar10", precision="float32"))
 
 
-@pytest.mark.parametrize("operators", [conv_ops, norm_ops], ids=["conv", "norm"])
+@pytest.mark.parametrize("operators", [convolution, norm_ops], ids=["conv", "norm"])
 def test_missing_triton_is_told(monkeypatch, operators):
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    for name in ("conv_kernel", "norm_kernel"):
-        monkeypatch.delitem(sys.modules, f"trainables.vgg_decay.{name}", raising=False)
+    for name in ("convolution_kernel", "vgg_decay.norm_kernel"):
+        monkeypatch.delitem(sys.modules, f"trainables.{name}", raising=False)
     with pytest.raises(BadValue, match=r"needs? triton"):
         operators.gpu_kernel()
 
 
 def check_kernels(shapes, dtype, device, limits):
-    from trainables.vgg_decay import conv_kernel
+    from trainables import convolution_kernel
 
-    kernels = conv_kernel.forward, conv_kernel.backward_input, conv_kernel.backward_weight
+    kernels = convolution_kernel.forward, convolution_kernel.backward_input, convolution_kernel.backward_weight
     for shape in shapes:
         x, weight, slope = inputs(shape, dtype, device)
         expected = expected_of(x, weight, slope)
@@ -155,11 +150,11 @@ def check_kernels(shapes, dtype, device, limits):
 
 def test_kernels_in_the_interpreter():
     run_interpreted(
-        "import torch; from tests.test_conv_kernel import *; check_kernels(SHAPES, torch.float32, 'cpu', (1e-5,) * 3)"
+        "import torch; from tests.test_convolution import *; check_kernels(SHAPES, torch.float32, 'cpu', (1e-5,) * 3)"
     )
 
 
-LAYERS = [(1, 32, 32, 32), (3, 32, 32, 32), (3, 16, 32, 64), (3, 16, 64, 64), (3, 8, 64, 128), (3, 8, 128, 128)]
+LAYERS = [(3, 32, 3, 32), (3, 32, 32, 32), (3, 16, 32, 64), (3, 16, 64, 64), (3, 8, 64, 128), (3, 8, 128, 128)]
 LAYERS += [(3, 4, 128, 256), (3, 4, 256, 256), (3, 2, 256, 256), (1, 1, 256, 256)]
 
 
