@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainables.convolution import DIVISOR, FEW, few
+from trainables.operators import launch
 
 
 @dataclass(frozen=True)
@@ -223,14 +224,14 @@ def backward_weight(grad: Tensor, x: Tensor, weight: Tensor, blocks: Blocks | No
     shape = (blocks.rows, blocks.columns, blocks.depth)
     how = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     if few(inputs, kernel):
-        _outer_of_few[(rows, splits, groups)](*what, *shape, **how)
+        launch(_outer_of_few, (rows, splits, groups))(*what, *shape, **how)
     else:
         at_once = taps_at_once(kernel, blocks)
         tiles = rows * triton.cdiv(inputs, blocks.columns) * (taps // at_once)
-        _outer[(tiles, splits, groups)](*what, at_once, *shape, **how)
+        launch(_outer, (tiles, splits, groups))(*what, at_once, *shape, **how)
     sums = torch.empty((groups, outputs, inputs, kernel, kernel), dtype=torch.float32, device=x.device)
     columns = min(128, triton.next_power_of_2(inputs))
-    _sums[(outputs * triton.cdiv(inputs, columns), groups)](
+    launch(_sums, (outputs * triton.cdiv(inputs, columns), groups))(
         parts, sums, splits, inputs, outputs, taps, triton.next_power_of_2(taps), columns
     )
     return sums
@@ -250,9 +251,9 @@ def _multiplied(x: Tensor, weight: Tensor, back: bool, blocks: Blocks | None = N
     shape = (blocks.rows, blocks.columns, blocks.depth)
     how = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     if all_taps:
-        _product_of_few[grid](*what, *shape, **how)
+        launch(_product_of_few, grid)(*what, *shape, **how)
     else:
-        _product[grid](*what, back, *shape, **how)
+        launch(_product, grid)(*what, back, *shape, **how)
     return y
 
 

@@ -1,9 +1,14 @@
-"""What operators with GPU kernels share: how they take lanes, and what is said where Triton is missing."""
+"""What operators with GPU kernels share: how they take lanes and launch kernels, and what is said without Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +50,52 @@ takes_lanes(kept)
 def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
     stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return stacked.flatten(0, 1)
+
+
+class _Ahead:
+    """Compilations under way, each of a kernel for one kind of arguments."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool, self._lock = pool, Lock()
+        self._begun: dict[Hashable, Future] = {}
+
+    def compile(self, kernel: Any, grid: tuple[int, ...], *args: Any, **how: Any) -> None:
+        kinds = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in args)
+        key = kernel, kinds, tuple(how.items())
+        with self._lock:  # gradients are worked out by threads of their own
+            if key not in self._begun:
+                first = not self._begun
+                self._begun[key] = self._pool.submit(kernel.warmup, *args, grid=grid, **how)
+                if first:  # by itself: Triton sets itself up
+                    self.wait()
+
+    def wait(self) -> None:
+        for begun in self._begun.values():
+            begun.result()
+
+
+_ahead: _Ahead | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """A Triton kernel, to be called: kernel[grid]. Within `compiled_ahead` the call compiles it and does not run it."""
+    return kernel[grid] if _ahead is None else partial(_ahead.compile, kernel, grid)
+
+
+@contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Kernels launched within are compiled for the current GPU, side by side, and not run: what they would write is
+    garbage. Otherwise each is compiled when it first runs, one after the other: half a minute for a net of some layers.
+    """
+    global _ahead
+    device = torch.cuda.current_device()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "compile", torch.cuda.set_device, (device,)) as pool:
+        _ahead = _Ahead(pool)
+        try:
+            yield
+            _ahead.wait()
+        finally:
+            _ahead = None
 
 
 @contextmanager

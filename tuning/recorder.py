@@ -48,7 +48,7 @@ class Recorder(Callback):
     def __init__(self, plan: SweepPlan, journal: Journal, table: RunTable, progress: Progress):
         self._plan, self._journal, self._table, self._progress = plan, journal, table, progress
         self._checkpoints = CheckpointStore(plan.store.at("checkpoints"))
-        self._aside = ThreadPoolExecutor(1, "discard")  # the process waits for it at its end
+        self._aside = ThreadPoolExecutor(1, "discard")
         self._decisions: dict[str, str] = {}
         self._exploits: dict[str, dict[str, Any]] = {}
         self._last: dict[str, str] = {}  # trial -> what was decided of its last report
@@ -158,6 +158,10 @@ class Recorder(Callback):
             if self._plan.scheduler != "pbt" and row["config_stop_reason"] in ("finished", "stopped", "diverged"):
                 self._discard(key)
 
+    def close(self) -> None:
+        """Wait until the checkpoints of all that ended are gone."""
+        self._aside.shutdown()
+
     def write_table(self) -> None:
         """runs.parquet as of now."""
         begun = time.monotonic()
@@ -167,11 +171,8 @@ class Recorder(Callback):
         self._write_table_at = now + max(TABLE_SECONDS, (now - begun) / TABLE_SHARE)
 
     def _discard(self, run: str) -> None:
-        """Remove a run's checkpoints; from a bucket beside the driver's loop, which does not wait for it."""
-        if self._plan.bucket:
-            self._aside.submit(self._checkpoints.discard, run)
-        else:
-            self._checkpoints.discard(run)
+        """Remove a run's checkpoints, beside the driver's loop: a bucket is far away, and a large file takes a disk long."""
+        self._aside.submit(self._checkpoints.discard, run)
 
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
         key = self._config_of.get(trial.trial_id, trial.config["config_key"])

@@ -318,6 +318,7 @@ def _search(
             reason = "done"
         recorder.write("finish", reason=reason, detail=stopping.detail)
         recorder.write_table()
+        recorder.close()
         journal.close()
         ended = Ended(list(table.rows.values()), followup.look, followup.confirmed)
         delivery.search_is_over()  # both work while Ray goes down

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainables.operators import launch
+
 LOG2_E = tl.constexpr(1 / math.log(2))
 LEAST = 16  # rows, columns or depth of the smallest product that tensor cores do
 
@@ -259,7 +261,7 @@ def forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if samples:
         padded, (first, rest) = _padded(width), key_tiles(positions)
         blocks = forward_blocks(padded)
-        _forward[(samples * heads,)](
+        launch(_forward, (samples * heads,))(
             qkv,
             bias,
             out,
@@ -287,7 +289,7 @@ def backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
     if samples:
         padded, (first, rest) = _padded(width), key_tiles(positions)
         blocks = backward_blocks(padded)
-        _backward[(samples * heads,)](
+        launch(_backward, (samples * heads,))(
             grad,
             qkv,
             bias,

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainables.operators import launch
+
 LEAST = 16  # rows, columns or depth of the smallest product that tensor cores do
 CHANNELS = 16  # that one instance of `_finish` does
 COUNTED = 255  # blocks of rows that an instance can count in the 8 bits of one neuron
@@ -407,7 +409,7 @@ def forward(
     y = torch.empty_like(x)
     counts = x.new_empty(lanes, shares, neurons if fired else 0, dtype=torch.int32)
     sums = x.new_empty(lanes, shares, neurons if activity else 0)
-    _forward[(lanes, shares)](
+    launch(_forward, (lanes, shares))(
         x,
         *_folded(scale, shift, w_in, b_in, w_out, products),
         b_out,
@@ -450,19 +452,19 @@ def backward(
     dbo_shares, steps = _shares(rows, blocks)
     dx, dbo = torch.empty_like(x), x.new_empty(lanes, dbo_shares, width)
     standard, slope = x.new_empty(2, lanes, rows, wide, dtype=products).unbind(0)
-    _backward[(lanes, dbo_shares)](
+    launch(_backward, (lanes, dbo_shares))(
         grad, x, folded, rounded, dx, standard, slope, dbo, rows, eps, width, neurons, wide, steps, **_cut(blocks)
     )
     shares, steps = _shares(rows, weights)
     p, dwo = x.new_empty(2, lanes, shares, neurons, width).unbind(0)
     q = x.new_empty(lanes, shares, neurons)
-    _weights[(neurons // weights.chunk, shares, lanes)](
+    launch(_weights, (neurons // weights.chunk, shares, lanes))(
         standard, slope, folded, rounded, p, q, dwo, rows, width, neurons, wide, steps, **_cut(weights)
     )
     like = (scale, shift, w_in, b_in, w_out, scale)
     to_scale, to_shift, to_w_in, to_b_in, to_w_out, to_b_out = (x.new_empty(tensor.shape) for tensor in like)
     slopes = (to_scale, to_shift, to_w_in, to_b_in, to_w_out, to_b_out)
-    _finish[(lanes, triton.cdiv(width, CHANNELS))](
+    launch(_finish, (lanes, triton.cdiv(width, CHANNELS)))(
         scale, shift, w_in, _strides(scale, shift, w_in), p, q, dwo, dbo, *slopes, shares, dbo_shares, width, neurons,
         CHANNELS=CHANNELS, CHUNK=64,
     )  # fmt: skip
@@ -476,7 +478,7 @@ def _folded(
     lanes, width, neurons = w_in.shape
     weights, wide, chunk = tuple(map(_by_lane, (scale, shift, w_in, b_in, w_out))), _padded(width), 32
     folded, rounded = w_in.new_empty(2, lanes, wide * neurons, dtype=products).unbind(0)
-    _fold[(lanes, neurons // chunk)](*weights, _strides(*weights), folded, rounded, width, neurons, wide, chunk)
+    launch(_fold, (lanes, neurons // chunk))(*weights, _strides(*weights), folded, rounded, width, neurons, wide, chunk)
     return folded, rounded
 
 
@@ -494,7 +496,7 @@ def _added_up(parts: Tensor, factor: float) -> Tensor:
     lanes, shares, size = parts.shape
     out = parts.new_empty(lanes, size)
     if size:
-        _add_up[(lanes, triton.cdiv(size, 128))](parts, out, shares, size, factor, BLOCK=128)
+        launch(_add_up, (lanes, triton.cdiv(size, 128)))(parts, out, shares, size, factor, BLOCK=128)
     return out
 
 

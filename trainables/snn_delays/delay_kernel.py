@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainables.operators import launch
+
 BLOCK = 64
 """Threads, two warps: 640 threads a sample make many small instances, which fill 132 multiprocessors evenly."""
 
@@ -148,7 +150,9 @@ def _walked(x: Tensor, kernels: Tensor, back: bool) -> Tensor:
     size, taps = kernels.shape[1:3]
     run = _run(positions, size, taps)
     grid = (groups * samples, triton.cdiv(triton.cdiv(positions, run) * channels, BLOCK))
-    _walk[grid](x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK, num_warps=BLOCK // 32)
+    launch(_walk, grid)(
+        x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK, num_warps=BLOCK // 32
+    )
     return y
 
 
@@ -158,7 +162,7 @@ def _correlated(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     run = _run(positions, size, taps)
     width = triton.cdiv(positions, run) * channels
     parts = kernels.new_empty((groups, samples, size, taps, width))
-    _correlate[(groups * samples, triton.cdiv(width, BLOCK))](
+    launch(_correlate, (groups * samples, triton.cdiv(width, BLOCK)))(
         grad, x, parts, steps, positions, channels, size, taps, run, BLOCK, width, num_warps=BLOCK // 32
     )
     return parts.unflatten(-1, (-1, channels)).sum((1, 4))

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainables.operators import launch
+
 BLOCK = 128
 HALF_PI = tl.constexpr(math.pi / 2)
 
@@ -105,7 +107,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tens
         groups, rows, steps, places = x.shape
         neurons = rows * places
         grid = (triton.cdiv(neurons, BLOCK), groups)
-        _forward[grid](
+        launch(_forward, grid)(
             x, scale, shift, keep, spikes, over, neurons, steps, places, scale.shape[1], BLOCK=BLOCK
         )  # fmt: skip
     return spikes, over
@@ -119,5 +121,5 @@ def backward(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
         groups, rows, steps, places = over.shape
         neurons = rows * places
         grid = (triton.cdiv(neurons, BLOCK), groups)
-        _backward[grid](grad, over, keep, alpha, out, neurons, steps, places, BLOCK=BLOCK)
+        launch(_backward, grid)(grad, over, keep, alpha, out, neurons, steps, places, BLOCK=BLOCK)
     return out

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainables.operators import launch
+
 VALUES = 2048
 """Of a tile: rows times channels."""
 VALUES_SUMMED = 32_768
@@ -139,7 +141,7 @@ def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool)
     z = x.new_empty((samples, height // side, width // side, channels))
     chosen = torch.empty(z.shape if pool else (samples, 0), dtype=torch.int8, device=x.device)
     windows, wide, rows = _cut(z, len(centre))
-    _forward[(triton.cdiv(windows, rows), len(centre))](
+    launch(_forward, (triton.cdiv(windows, rows), len(centre)))(
         x, centre, scale, shift, z, chosen, windows, _width(x, pool), channels, side, rows, wide
     )
     return z, chosen
@@ -153,7 +155,7 @@ def sums(grad: Tensor, x: Tensor, chosen: Tensor, centre: Tensor, scale: Tensor,
     most = min(VALUES_SUMMED // wide, triton.cdiv(windows, rows) * rows)
     splits = triton.cdiv(windows, most)
     parts = torch.empty((len(centre), splits, 2, channels), dtype=torch.float32, device=x.device)
-    _sums[(splits, len(centre))](
+    launch(_sums, (splits, len(centre)))(
         grad, x, chosen, centre, scale, shift, parts, windows, _width(x, pool), channels, 2 if pool else 1, most, rows,
         wide,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def backward(
     )
     windows, wide, rows = _cut(grad, len(centre))
     dx = torch.empty_like(x)
-    _backward[(triton.cdiv(windows, rows), len(centre))](
+    launch(_backward, (triton.cdiv(windows, rows), len(centre)))(
         grad, x, chosen, centre, scale, shift, mean, tilt, weight, dx, windows, len(x) // len(centre), _width(x, pool),
         x.shape[-1], 2 if pool else 1, weight.shape[1] > 0, rows, wide,
     )  # fmt: skip

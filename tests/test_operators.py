@@ -1,0 +1,107 @@
+"""Launching of kernels: at once, or compiled ahead, side by side."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.families import FAMILIES, arrays_of, build_case
+from trainables.family import load_family
+from trainables.operators import compiled_ahead, launch
+
+
+class Kernel:
+    """As Triton's: called by grid, or warmed up. Notes what was asked for."""
+
+    def __init__(self, broken: bool = False):
+        self.ran: list[tuple] = []
+        self.compiled: list[tuple] = []
+        self.threads: set[str] = set()
+        self._broken = broken
+
+    def __getitem__(self, grid):
+        return lambda *args, **how: self.ran.append((grid, args, how))
+
+    def warmup(self, *args, grid, **how):
+        self.threads.add(threading.current_thread().name)
+        if self._broken:
+            raise RuntimeError("out of registers")
+        self.compiled.append((grid, args, how))
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_a_kernel_runs_at_once():
+    kernel = Kernel()
+    launch(kernel, (2, 3))(1, 2, num_warps=4)
+    assert (kernel.ran, kernel.compiled) == ([((2, 3), (1, 2), {"num_warps": 4})], [])
+
+
+def test_compiled_ahead_a_kernel_does_not_run(a_gpu):
+    kernel = Kernel()
+    with compiled_ahead():
+        launch(kernel, (2,))(1, num_warps=4)
+    assert (kernel.ran, kernel.compiled) == ([], [((2,), (1,), {"num_warps": 4})])
+    assert threading.current_thread().name not in kernel.threads
+    launch(kernel, (2,))(1, num_warps=4)
+    assert len(kernel.ran) == len(kernel.compiled) == 1
+
+
+def test_each_kind_of_arguments_is_compiled_once(a_gpu):
+    one, other = Kernel(), Kernel()
+    with compiled_ahead():
+        for size in (3, 5):  # of a tensor the type matters, not the size
+            launch(one, (size,))(torch.zeros(size), 7)
+        launch(one, (3,))(torch.zeros(3, dtype=torch.bfloat16), 7)
+        launch(one, (3,))(torch.zeros(3), 8)
+        launch(one, (3,))(torch.zeros(3), 7, num_warps=8)
+        launch(other, (3,))(torch.zeros(3), 7)
+    assert (len(one.compiled), len(other.compiled)) == (4, 1)
+
+
+def test_what_other_threads_launch_is_compiled_ahead_too(a_gpu):
+    kernel = Kernel()  # autograd works gradients out in threads of its own
+    with compiled_ahead(), ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: launch(kernel, (1,))(number), range(32)))
+    assert (sorted(args for _, args, _ in kernel.compiled), kernel.ran) == ([(number,) for number in range(32)], [])
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_kernel_that_cannot_be_compiled_is_told(a_gpu, before):
+    broken, fine = Kernel(broken=True), Kernel()
+
+    def work():
+        for kernel in [fine] * before + [broken]:
+            launch(kernel, (1,))(1)
+
+    with pytest.raises(RuntimeError, match="out of registers"), compiled_ahead():
+        work()
+    launch(fine, (1,))(1)
+    assert fine.ran, "afterwards kernels run again"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_compiles_nothing_more(family, cache_dir, monkeypatch):
+    import triton
+
+    from lanes.probe import _compile_kernels, make_engine
+
+    built, program, hyper = build_case(family, next(iter(load_family(family).cases)), precision="bf16")
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(found["repr"]))
+    engine = make_engine("serial", 1, built, program, arrays_of(built, program, cache_dir, "cuda"), "cuda")
+    _compile_kernels(engine, hyper)
+    ahead = len(compiled)
+    engine.insert("me", hyper, 1)
+    curves = engine.advance(engine.until_epoch_end())
+    assert all(torch.isfinite(torch.as_tensor(values)).all() for name, values in curves.items() if "loss" in name)
+    assert len(compiled) == ahead, compiled[ahead:]
