@@ -171,7 +171,7 @@ class Recorder(Callback):
         self._write_table_at = now + max(TABLE_SECONDS, (now - begun) / TABLE_SHARE)
 
     def _discard(self, run: str) -> None:
-        """Remove a run's checkpoints, beside the driver's loop: a bucket is far away, and a large file takes a disk long."""
+        """Remove a run's checkpoints beside the driver's loop: a bucket is far away, a large file takes a disk long."""
         self._aside.submit(self._checkpoints.discard, run)
 
     def _end(self, trial: Any, reason: str, epoch: int, error: str | None = None) -> None:
