@@ -49,25 +49,16 @@ def conv_forward(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [N, H, W, O], contiguous.
     """
-    return forward_formula(x, weight)
-
-
-def forward_formula(x: Tensor, weight: Tensor) -> Tensor:
-    """`conv_forward` on any device."""
-    groups = zip(x.chunk(len(weight)), weight, strict=True)
-    each = [F.conv2d(_first(part), _first(taps), padding=taps.shape[1] // 2) for part, taps in groups]
-    return _last(torch.cat(each))
+    return _by_group(x, weight)
 
 
 @torch.library.custom_op("lanewise::conv_backward_input", mutates_args=())
 def conv_backward_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient with respect to x [N, H, W, C] from that with respect to the result [N, H, W, O]."""
-    return backward_input_formula(grad, weight)
+    """Gradient with respect to x [N, H, W, C] from that with respect to the result [N, H, W, O].
 
-
-def backward_input_formula(grad: Tensor, weight: Tensor) -> Tensor:
-    """`conv_backward_input` on any device: the convolution with the taps turned round."""
-    return forward_formula(grad, weight.flip(2, 3).transpose(1, 4))
+    The convolution with the taps turned round.
+    """
+    return _by_group(grad, weight.flip(2, 3).transpose(1, 4))
 
 
 @torch.library.custom_op("lanewise::conv_backward_weight", mutates_args=())
@@ -82,11 +73,6 @@ def conv_backward_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [G, O, C, k, k] as PyTorch keeps a weight, at least float32.
     """
-    return backward_weight_formula(grad, x, weight)
-
-
-def backward_weight_formula(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`conv_backward_weight` on any device."""
     wide = _wide(x.dtype)
     parts = zip(x.to(wide).chunk(len(weight)), grad.to(wide).chunk(len(weight)), strict=True)
     shape = _first(weight[0]).shape
@@ -94,13 +80,16 @@ def backward_weight_formula(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(each)
 
 
+def _by_group(x: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's convolution of each group's samples."""
+    groups = zip(x.chunk(len(weight)), weight, strict=True)
+    each = [F.conv2d(_first(part), _first(taps), padding=taps.shape[1] // 2) for part, taps in groups]
+    return torch.cat(each).permute(0, 2, 3, 1).contiguous()
+
+
 def _first(tensor: Tensor) -> Tensor:
     """Channels last -> channels before positions."""
     return tensor.permute(0, 3, 1, 2)
-
-
-def _last(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 2, 3, 1).contiguous()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
