@@ -137,9 +137,11 @@ class Stack:
     def release(self, token: str) -> None:
         """Let a config go, at once. Unknown tokens (released before) are fine."""
         self._telling.forget(token)
-        self._land()
+        runs = self._runs.get(token, [])
+        if self._flight and any(lane_key(run) in self._flight.trained for run in runs):
+            self._land()  # of others' work under way nothing need be read now: the device would stand still meanwhile
+        self._runs.pop(token, None)
         lanes = []
-        runs = self._runs.pop(token, [])
         if self._engine is not None:
             self._engine.forget([lane_key(run) for run in runs])
         wait([run.written for run in runs if run.written])  # whoever let it go may remove its checkpoints now

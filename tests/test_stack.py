@@ -723,6 +723,36 @@ def test_slots_are_filled_again_before_the_results_of_those_who_left_are_read(ma
     assert (("launch", "b/0") in order[:last_read]) == ahead
 
 
+def test_a_config_that_has_ended_leaves_without_waiting_for_those_that_train(make):
+    order = []
+
+    class Watched(Chunk):
+        def wait(self):
+            order.append("read")
+            return super().wait()
+
+    class Watching(SerialEngine):
+        def launch(self, steps):
+            return Watched(**vars(super().launch(steps)))
+
+    memory = Memory()
+    stack = make(Watching, recorder=memory)
+    short, long = job("a", seeds=(0,), reports=(9,)), job("b", seeds=(0,), lr=0.1, reports=(9,))
+    stack.attach(short)
+    for _ in range(3):
+        stack.tick()
+    stack.attach(long)
+    (report,) = tick_until_reports(stack)
+    assert (report.token, report.done) == ("a", True)
+    order.clear()
+    stack.release("a")
+    assert not order
+    stack.release("b")  # it trains: where a chunk of its is under way, that is read first
+    assert len(order) == stack._engine.runs_ahead
+    stack.tick()
+    assert not stack.busy
+
+
 def test_the_ninth_program_is_compiled_too():
     class Program:
         def __init__(self, number):
