@@ -208,7 +208,7 @@ class Host:
     def _make_engine(self, family: Any, program: Any, hyper: Any, most: int | None = None) -> tuple[Any, int]:
         """`most`: the lanes that fit into memory, once it has run out."""
         from lanes.engine import put
-        from lanes.probe import make_engine, probe, resolve_engine
+        from lanes.probe import compile_kernels, make_engine, probe, resolve_engine
         from trainables.family import program_key
 
         loaded = family.load(program, self.settings.data_dir, self.settings.cache_dir)
@@ -230,6 +230,8 @@ class Host:
             log.info("%s: probe of %s\n%s", self.label, program_key(family.name, program), "\n".join(choice.lines()))
             self._on_rate(program_name(asdict(program)), max(row.rate for row in choice.table), choice.lanes)
             name, lanes = choice.engine, self.settings.lanes or choice.lanes
+        elif self.device.startswith("cuda"):  # a probe does the same
+            compile_kernels(make_engine("serial", 1, family, program, arrays, self.device, host_arrays), hyper)
         lanes = min(lanes, most or lanes)
         return make_engine(name, lanes, family, program, arrays, self.device, host_arrays), lanes
 

@@ -99,7 +99,7 @@ def measure(engine: Engine, hyper: Any, lanes: int, seconds: float) -> tuple[flo
     keys = [f"probe{i}" for i in range(lanes)]
     started = time.perf_counter()
     if engine.name == "serial" and engine.device.type == "cuda":
-        _compile_kernels(engine, hyper)
+        compile_kernels(engine, hyper)
     for i, key in enumerate(keys):
         engine.insert(key, hyper, i)
     # a GPU trains an epoch at a time in a sweep, and is far slower when asked for one step at a time
@@ -114,8 +114,13 @@ def measure(engine: Engine, hyper: Any, lanes: int, seconds: float) -> tuple[flo
     return rate, setup
 
 
-def _compile_kernels(engine: Engine, hyper: Any) -> None:
-    """Those that the program launches itself, side by side: every further engine launches them too."""
+def compile_kernels(engine: Engine, hyper: Any) -> None:
+    """Those that the program launches itself, side by side: every further engine launches them too.
+
+    Args:
+        engine: a serial one without lanes, on a GPU.
+        hyper: of some lane.
+    """
     engine.insert("kernels", hyper, 0)
     with compiled_ahead():
         engine.advance(1)

@@ -34,7 +34,7 @@ class Run:
     passed: dict[int, tuple[Future | None, SeedReport]] = field(default_factory=dict)  # reports not told, by epoch
     hyper: Any = None
     written: Future | None = None  # of what must be on disk before its next report is told
-    saved_at: float = 0.0  # on the stack's clock: its newest checkpoint, or when it was attached
+    unsaved: float = 0.0  # seconds of training since its newest checkpoint
 
 
 @dataclass(frozen=True)

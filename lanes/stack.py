@@ -48,8 +48,10 @@ class Stack:
         make_engine: makes the engine when the first lane arrives (it may probe).
         max_lanes: slots; None asks the engine choice (`make_engine` returns it beside the engine).
         writer: where curves and states go.
-        checkpoint_seconds: a run that trains is saved this often, or half as often where the disk is slow; at reports
-            it is saved as well while the disk keeps up.
+        checkpoint_seconds: a run is saved when it has trained so long since it last was, or twice so long where the
+            disk is slow.
+        report_seconds: the same where it comes to a report, while the disk keeps up: of less there is little to lose,
+            and runs that take a second each would keep the host busy with states that nobody will read.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Stack:
         make_engine: Callable[[], tuple[Engine, int]],
         writer: Writer,
         checkpoint_seconds: float = 60.0,
+        report_seconds: float = 5.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.family = family
         self.program = program
         self.schedule = family.schedule(program)
         self.writer = writer
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_seconds, self.report_seconds = checkpoint_seconds, report_seconds
         self._clock = clock
         self._make_engine = make_engine
         self._engine: Engine | None = None
@@ -100,7 +103,7 @@ class Stack:
         for seed, key in job.runs.items():
             run = Run(key, seed, job, hyper=hyper)
             self._restore(run)
-            run.begun, run.saved_at = run.step, self._clock()
+            run.begun = run.step
             runs.append(run)
         self._runs[job.token] = runs
         for run in runs:
@@ -123,6 +126,7 @@ class Stack:
         run.epochs = {name: list(values) for name, values in extra["epochs"].items()}
         run.sums = dict(extra["sums"])
         run.step = int(extra["step"])
+        run.unsaved = 0.0
         run.device_seconds = max(run.device_seconds, float(extra.get("device_seconds", 0.0)))
 
     def proceed(self, token: str) -> None:
@@ -176,6 +180,7 @@ class Stack:
         elapsed = self._clock() - started
         self._step_seconds = elapsed / flight.chunk.steps
         for run in flight.trained.values():
+            run.unsaved += elapsed
             run.device_seconds += elapsed / len(flight.trained)
             run.lanes = len(flight.trained)
         if self._flight is None:
@@ -185,11 +190,11 @@ class Stack:
         return self._complete_reports()
 
     def save_all(self) -> None:
-        """Checkpoint every run that trains or is parked, now."""
+        """Checkpoint every run that has not ended, now."""
         self._land()
         for runs in self._runs.values():
             for run in runs:
-                if run.status in ("training", "parked"):
+                if run.status in ("training", "parked", "waiting"):
                     self._checkpoint(run)
         self.writer.flush()
         self.writer.settle()
@@ -338,8 +343,8 @@ class Stack:
         saved: list[str] = []
         for lane in reporting:
             run = self._training[lane]
-            old = self._clock() - run.saved_at > self.checkpoint_seconds
-            if run.job.donates or old or self._saved_soon(lane, len(saved)):
+            wanted = run.job.donates or run.unsaved > self.checkpoint_seconds
+            if wanted or (run.unsaved > self.report_seconds and self._saved_soon(lane, len(saved))):
                 saved.append(lane)
         return saved
 
@@ -375,11 +380,10 @@ class Stack:
     def _due_for_checkpoints(self) -> list[Run]:
         """Runs whose newest checkpoint is old, so many as the disk takes now; and those whose is very old."""
         due: list[Run] = []
-        for run in sorted(self._training.values(), key=lambda run: run.saved_at):
-            age = self._clock() - run.saved_at
-            if age <= self.checkpoint_seconds:
+        for run in sorted(self._training.values(), key=lambda run: -run.unsaved):
+            if run.unsaved <= self.checkpoint_seconds:
                 break
-            if age > 2 * self.checkpoint_seconds or self._saved_soon(lane_key(run), len(due)):
+            if run.unsaved > 2 * self.checkpoint_seconds or self._saved_soon(lane_key(run), len(due)):
                 due.append(run)
         return due
 
@@ -490,7 +494,7 @@ class Stack:
             "step": run.step,
             "device_seconds": run.device_seconds,
         }
-        run.saved_at = self._clock()
+        run.unsaved = 0.0
         return self.writer.save(run.key, run.step, parcel, extra)
 
     def _complete_reports(self) -> list[Report]:

@@ -93,13 +93,13 @@ def test_a_kernel_that_cannot_be_compiled_is_told(a_gpu, before):
 def test_a_step_compiles_nothing_more(family, cache_dir, monkeypatch):
     import triton
 
-    from lanes.probe import _compile_kernels, make_engine
+    from lanes.probe import compile_kernels, make_engine
 
     built, program, hyper = build_case(family, next(iter(load_family(family).cases)), precision="bf16")
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(found["repr"]))
     engine = make_engine("serial", 1, built, program, arrays_of(built, program, cache_dir, "cuda"), "cuda")
-    _compile_kernels(engine, hyper)
+    compile_kernels(engine, hyper)
     ahead = len(compiled)
     engine.insert("me", hyper, 1)
     curves = engine.advance(engine.until_epoch_end())

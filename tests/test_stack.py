@@ -90,7 +90,7 @@ def make(request, cache_dir):
             program,
             make_engine,
             Writer(recorder or Memory(), shelf if shelf is not None else Shelf()),
-            **more,
+            **{"report_seconds": -1.0, **more},  # saved at every report
         )
 
     return make
@@ -297,6 +297,26 @@ def test_what_must_be_saved_is_saved_where_the_disk_is_slow(make, monkeypatch, h
     stack.attach(each)
     tick_until_reports(stack)
     assert all(6 in shelf.saved[key] for key in each.runs.values())
+
+
+def test_a_run_that_has_trained_little_since_it_was_saved_is_not_saved_at_a_report(make):
+    now, shelf = [0.0], Shelf()
+
+    def clock() -> float:
+        now[0] += 0.2
+        return now[0]
+
+    each = job("a", seeds=(0,), reports=tuple(range(1, 10)))
+    stack = make(shelf=shelf, report_seconds=2.0, clock=clock)
+    stack.attach(each)
+    trained: list[float] = []
+    while not trained or not stack._runs["a"][0].status == "finished":
+        (report,) = tick_until_reports(stack)
+        trained.append(stack._runs["a"][0].unsaved)
+        stack.proceed("a")
+    saved = sorted(shelf.saved[each.runs[0]])
+    assert 0 < len(saved) < 8, saved
+    assert max(trained) < 4.0, "little more than the two seconds is ever at stake"
 
 
 def test_runs_restored_from_checkpoints_of_different_age_report_together(make):

@@ -153,7 +153,7 @@ def test_a_report_is_told_when_its_checkpoint_is_on_disk_and_others_train_meanwh
     family, program, _ = build_case("tests.toys.regression", "noisy")
     shelf, memory = Gate(), Memory()
     engine = SerialEngine(family, program, arrays_of(family, program, cache_dir))
-    stack = Stack(family, program, lambda: (engine, 2), Writer(memory, shelf))
+    stack = Stack(family, program, lambda: (engine, 2), Writer(memory, shelf), report_seconds=-1.0)
     first, second = job("a", seeds=(0, 1), reports=(1, 9)), job("b", seeds=(0, 1), lr=0.1, reports=(9,))
     stack.attach(first)
     stack.attach(second)
@@ -175,7 +175,7 @@ def test_a_config_that_leaves_takes_no_late_checkpoint_with_it(cache_dir: Path):
     family, program, _ = build_case("tests.toys.regression", "noisy")
     shelf = Gate()
     engine = SerialEngine(family, program, arrays_of(family, program, cache_dir))
-    stack = Stack(family, program, lambda: (engine, 2), Writer(Memory(), shelf))
+    stack = Stack(family, program, lambda: (engine, 2), Writer(Memory(), shelf), report_seconds=-1.0)
     stack.attach(job("a", seeds=(0,), reports=(1, 9)))
     while not any(run.status == "parked" for run in stack._runs["a"]):
         stack.tick()

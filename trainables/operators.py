@@ -60,7 +60,7 @@ class _Ahead:
         self._begun: dict[Hashable, Future] = {}
 
     def compile(self, kernel: Any, grid: tuple[int, ...], *args: Any, **how: Any) -> None:
-        kinds = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in args)
+        kinds = tuple((arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg for arg in args)
         key = kernel, kinds, tuple(how.items())
         with self._lock:  # gradients are worked out by threads of their own
             if key not in self._begun:
