@@ -93,6 +93,19 @@ def run_lane(engine, key: str, steps: int) -> dict[str, np.ndarray]:
     return run(engine, steps)[key]
 
 
+def test_first_states_are_one_graph(chosen, cache_dir):
+    family, program, hyper = build_case(*chosen)
+    arrays = arrays_of(family, program, cache_dir, "cuda")
+    plain = make_engine("serial", 1, family, program, arrays, "cuda")
+    graphed = make_engine("stacked, compiled", 2, family, program, arrays, "cuda")
+    for engine in (plain, graphed):
+        engine.insert("one", hyper, 3)
+        engine.insert("another", hyper, 4)
+    assert graphed.in_graphs, "made call by call it takes milliseconds a lane"
+    for key in graphed.lanes:
+        assert_same_state(graphed.state(key), plain.state(key), tolerance=0.0)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_poisoned_lanes_leave_the_one_between_them_alone_on_gpu(chosen, precision, cache_dir):
     family, program, hyper = build_case(*chosen, precision=precision, **SUITED.get(chosen[0], {}))

@@ -189,7 +189,7 @@ class SweepPlan:
             count += 1
         return count
 
-    @property
+    @cached_property
     def length(self) -> int:
         """`progress` at the end of every run: REDUCTION^rungs for ASHA, so that rungs fall on whole numbers."""
         if self.scheduler == "asha":

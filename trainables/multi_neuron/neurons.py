@@ -58,7 +58,8 @@ def init_layers(program: Program, hyper: Hypers, seed: Tensor, layers: list[Laye
     """
     params: Params = {}
     for layer in layers:
-        bound = torch.tensor(1 / math.sqrt(layer.fan_in), dtype=dtype, device=seed.device)
+        # filled on the device: a number copied there from the host cannot be captured in a CUDA graph
+        bound = torch.full((), 1 / math.sqrt(layer.fan_in), dtype=dtype, device=seed.device)
         if not layer.multi:
             params |= _weights(seed, layer.name, layer.shape, bound, bound)
             continue
