@@ -310,8 +310,8 @@ def test_a_run_that_has_trained_little_since_it_was_saved_is_not_saved_at_a_repo
     stack = make(shelf=shelf, report_seconds=2.0, clock=clock)
     stack.attach(each)
     trained: list[float] = []
-    while not trained or not stack._runs["a"][0].status == "finished":
-        (report,) = tick_until_reports(stack)
+    while not trained or stack._runs["a"][0].status != "finished":
+        tick_until_reports(stack)
         trained.append(stack._runs["a"][0].unsaved)
         stack.proceed("a")
     saved = sorted(shelf.saved[each.runs[0]])
