@@ -153,6 +153,12 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
             f"state and batch alone): {1 / floor:,.0f} trial-steps/s ({1 / least:,.0f} if activations were never "
             "stored)."
         )
+    if floor:
+        lines += [
+            f"The probe of lanewise's arm: {row['engine']} with {row['lanes']} lanes {row['rate']:,.0f} trial-steps/s, "
+            f"{row['rate'] * floor:.1%} of the floor."
+            for row in probed(arms.get("lanewise") or {})
+        ]
     if lines:
         lines.append("")
     kernels = (arms.get("kernels") or {}).get("found")
@@ -179,6 +185,12 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def probed(sweep: Row) -> list[Row]:
+    """What a sweep's probes found of the engines that compile."""
+    rows = [row for probe in sweep.get("probes", ()) for row in probe["table"]]
+    return [row for row in rows if row["rate"] and row["engine"] not in ("serial", "stacked")]
 
 
 def agreement(agree: Row, sweeps: Mapping[str, Row]) -> list[str]:
