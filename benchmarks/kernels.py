@@ -37,6 +37,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="measuring time of one row")] = 3.0,
     data_dir: Annotated[Path | None, typer.Option(envvar="LANEWISE_DATA")] = None,
     out: Annotated[Path | None, typer.Option(help="append JSON lines here")] = None,
+    profile: Annotated[int, typer.Option(help="also print so many kernels of an epoch, the longest first")] = 0,
 ) -> None:
     """Measure one program under several engines and lane counts."""
     loaded = load_family(family)
@@ -68,6 +69,8 @@ def main(
             made.evaluate(list(made.lanes))
             evaluating += time.perf_counter() - before
         elapsed = time.perf_counter() - begun
+        if profile:
+            print(profiled(made, profile), flush=True)
         made.remove(list(made.lanes))
         stacked = in_stack(made, hyper, int(lanes), seconds)
         row = {
@@ -96,6 +99,20 @@ def main(
         torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def profiled(engine: Engine, count: int) -> str:
+    """A table of the kernels (on a CPU: operators) of one chunk of training, those in CUDA graphs included."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    cuda = engine.device.type == "cuda"
+    chunk = engine.until_epoch_end()
+    with record(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        engine.advance(chunk)
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table = found.key_averages().table(sort_by=order, row_limit=count, max_name_column_width=80)
+    return f"{chunk} steps of {len(engine.lanes)} lanes:\n{table}"
 
 
 class Nowhere:

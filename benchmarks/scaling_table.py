@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "scaling"
 
 @dataclass(frozen=True)
 class Load:
-    """A kind of sweep on many GPUs. Rates are those of design's H200 measurements (docs/scaling.md names them).
+    """A kind of sweep on many GPUs. Rates are what probes found on one H200 (benchmarks/results/lanes.md).
 
     Args:
         name: what it is.
@@ -47,10 +47,10 @@ class Load:
 
 
 LOADS = (
-    Load("ci_vit, 3 layers, 60,000 steps, 5 seeds, no pruning", 128, 5, 60_000, 9576, 4, 1.0),
-    Load("the same under ASHA", 128, 5, 60_000, 9576, 1.48, 0.11),
-    Load("ci_vit, 12 layers, 60,000 steps, 5 seeds, no pruning", 8, 5, 60_000, 617, 4, 1.0),
-    Load("vgg_decay, 78,200 steps, 5 seeds, no pruning", 8, 5, 78_200, 2165, 4, 1.0),
+    Load("ci_vit, 3 layers, 60,000 steps, 5 seeds, no pruning", 32, 5, 60_000, 14_260, 4, 1.0),
+    Load("the same under ASHA", 32, 5, 60_000, 14_260, 1.48, 0.11),
+    Load("ci_vit, 12 layers, 60,000 steps, 5 seeds, no pruning", 32, 5, 60_000, 743, 4, 1.0),
+    Load("vgg_decay, 78,200 steps, 5 seeds, no pruning", 32, 5, 78_200, 3651, 4, 1.0),
 )
 """Under ASHA with three rungs and a factor of three: 1 + 1/3 + 1/9 + 1/27 reports, and 3/27 of the steps."""
 
