@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from trainables.operators import keep_compiled
+
 LONGEST_FUSED_CAT = 64
 """Inductor writes each part of a concatenation of more than 8 by a kernel of its own: hundreds a step, where a net's
 biases, gains and their coefficients are updated together."""
@@ -21,6 +23,9 @@ def compile_lanes(
     Programs and lane counts share the engine's code, and every one of them is a compilation of its own: at dynamo's
     usual limit of 8 the ninth would run uncompiled without a word.
     """
+    for name in ("_enter_autocast", "_exit_autocast"):
+        # their arguments say all there is to know of them, as later versions of PyTorch hold (pytorch/pytorch 191106)
+        keep_compiled(f"torch.amp.autocast_mode.{name}", torch.__version__)
     torch._dynamo.config.recompile_limit = 4096
     torch._dynamo.config.accumulated_recompile_limit = 65536
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.func import grad, vmap
 
 from tests.families import FAMILIES, arrays_of, build_case
 from trainables.family import load_family
 from trainables.operators import compiled_ahead, launch
+from trainables.snn_delays.neurons import lif
 
 
 class Kernel:
@@ -105,3 +107,32 @@ def test_a_step_compiles_nothing_more(family, cache_dir, monkeypatch):
     curves = engine.advance(engine.until_epoch_end())
     assert all(torch.isfinite(torch.as_tensor(values)).all() for name, values in curves.items() if "loss" in name)
     assert len(compiled) == ahead, compiled[ahead:]
+
+
+def test_what_is_compiled_with_such_a_function_is_kept_until_its_code_changes(tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    x, scale = torch.randn(3, 2, 6, 4, 5), torch.rand(3, 5) + 0.5
+    keep, alpha = torch.tensor(0.5), torch.tensor(2.0)
+
+    def loss(scale, x):
+        return (lif(x, keep, alpha, (scale, torch.zeros_like(scale))) * x).sum()
+
+    def compiled():
+        torch._dynamo.reset()
+        counters.clear()
+        slopes = torch.compile(vmap(grad(loss)), dynamic=False)(scale, x)
+        return slopes, {name: count for name, count in counters["aot_autograd"].items() if "cache" in name}
+
+    expected = vmap(grad(loss))(scale, x)
+    for found in ({"autograd_cache_miss": 1, "autograd_cache_saved": 1}, {"autograd_cache_hit": 1}):
+        slopes, happened = compiled()
+        assert happened == found
+        torch.testing.assert_close(slopes, expected)
+    known = config.unsafe_marked_cacheable_functions
+    changed = {**known, "trainables.snn_delays.neurons._lif": "changed"}
+    monkeypatch.setattr(config, "unsafe_marked_cacheable_functions", changed)
+    assert compiled()[1] == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}

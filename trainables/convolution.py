@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.operators import takes_lanes, triton_for
+from trainables.operators import in_graph, takes_lanes, triton_for
 
 DIVISOR = 16
 """Tensor cores multiply this many channels at a time: the kernels take multiples of it."""
@@ -187,9 +187,8 @@ class _Convolution(torch.autograd.Function):
         return conv_backward_input(grad, taps), conv_backward_weight(grad, x, taps).squeeze(0).to(ctx.kind)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _convolution(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    # allow_in_graph: torch.compile (2.13) loses an autograd.Function's own backward under torch.func.grad
     return _Convolution.apply(x, weight)
 
 

@@ -1,12 +1,16 @@
-"""What operators with GPU kernels share: how they take lanes and launch kernels, and what is said without Triton."""
+"""What operators with GPU kernels share: how they take lanes, launch kernels and stand in compiled graphs, and what is
+said without Triton."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -45,6 +49,41 @@ def _(tensor: Tensor) -> Tensor:
 
 
 takes_lanes(kept)
+
+
+def in_graph(function: Callable) -> Callable[..., Any]:
+    """Have torch.compile call a function as it is, and keep on disk what it made of it.
+
+    Traced through, torch.compile (2.13) loses an autograd.Function's own backward under torch.func.grad.
+
+    Args:
+        function: of tensors, and of nothing that may change while a process runs. At the top of a module.
+    """
+    keep_compiled(f"{function.__module__}.{function.__name__}", _code(function))
+    return torch.compiler.allow_in_graph(function)
+
+
+def keep_compiled(name: str, version: str) -> None:
+    """Let PyTorch keep on disk what it traced of graphs that call a function. Of functions that it does not know it
+    keeps nothing, because the graph does not say what they do: every process traces them anew.
+
+    Args:
+        name: MODULE.FUNCTION.
+        version: changes when what the function does changes.
+    """
+    from torch._inductor import config
+
+    # assigned anew: what was compiled is looked up by the settings, which are read when one is assigned
+    config.unsafe_marked_cacheable_functions = {**config.unsafe_marked_cacheable_functions, name: version}
+
+
+def _code(function: Callable) -> str:
+    """Of the folder of a function, and of this one."""
+    digest = hashlib.sha256()
+    for folder in (Path(inspect.getfile(function)).parent, Path(__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:

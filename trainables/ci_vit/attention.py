@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.operators import takes_lanes, triton_for
+from trainables.operators import in_graph, takes_lanes, triton_for
 
 MOST_POSITIONS = 128
 MOST_WIDTH = 64
@@ -195,9 +195,8 @@ class _Attention(torch.autograd.Function):
         return slope, by_group.to(bias.dtype).sum(1)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _attention(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    # allow_in_graph: torch.compile (2.13) loses an autograd.Function's own backward under torch.func.grad
     return _Attention.apply(qkv, bias)
 
 

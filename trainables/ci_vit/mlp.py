@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from trainables.operators import takes_lanes, triton_for
+from trainables.operators import in_graph, takes_lanes, triton_for
 
 EPS = 1e-6
 MOST_WIDTH = 62
@@ -189,9 +189,8 @@ class _Mlp(torch.autograd.Function):
         return *mlp_backward(grad.detach(), *(tensor.detach() for tensor in ctx.saved_tensors)), None, None
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _mlp(x, scale, shift, w_in, b_in, w_out, b_out, fired, activity) -> tuple[Tensor, Tensor, Tensor]:
-    # allow_in_graph: torch.compile (2.13) loses an autograd.Function's own backward under torch.func.grad
     return _Mlp.apply(x, scale, shift, w_in, b_in, w_out, b_out, fired, activity)
 
 

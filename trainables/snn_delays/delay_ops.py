@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.operators import takes_lanes
+from trainables.operators import in_graph, takes_lanes
 from trainables.snn_delays.neurons import gpu_kernel
 
 LONGEST = 150
@@ -134,9 +134,9 @@ class _Delay(torch.autograd.Function):
         return delay_backward(grad.detach(), x.detach(), kernels.detach())
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _delay(x: Tensor, kernels: Tensor) -> Tensor:
-    return _Delay.apply(x, kernels)  # allow_in_graph: see `neurons._lif`
+    return _Delay.apply(x, kernels)
 
 
 def walked_delay(x: Tensor, kernels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from trainables.family import BadValue
-from trainables.operators import takes_lanes, triton_for
+from trainables.operators import in_graph, takes_lanes, triton_for
 
 # --- the two operators: [groups, rows, time, places], one decay and one alpha a group ---------------------------------
 
@@ -163,12 +163,11 @@ class _Lif(torch.autograd.Function):
         return to_x, to_scale, to_shift, to_keep, None, None
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _lif(
     x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
 ) -> tuple[Tensor, Tensor]:
-    # allow_in_graph: traced through, torch.compile (2.13) would drop the hand-written gradient under torch.func.grad
-    # without a word and differentiate the comparison instead
+    # traced through, the comparison would be differentiated in the place of the hand-written gradient, without a word
     return _Lif.apply(x, scale, shift, keep, alpha, learn_keep)
 
 

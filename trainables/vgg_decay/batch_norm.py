@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainables.operators import in_graph
 from trainables.vgg_decay import norm_ops
 
 EPSILON = 1e-5
@@ -96,7 +97,6 @@ class _Normalised(torch.autograd.Function):
         return dx, to_gamma, to_beta, None, None
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, pool: bool) -> tuple[Tensor, ...]:
-    # allow_in_graph: torch.compile (2.13) loses an autograd.Function's own backward under torch.func.grad
     return _Normalised.apply(x, gamma, beta, weight, pool)
