@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.test_command_line import plan_of
 from tuning.checkpoints import CheckpointStore
@@ -97,6 +98,26 @@ def test_checkpoints_come_back_bit_for_bit_and_two_are_kept(tmp_path):
     assert store.load("other") is None
     store.discard("run")
     assert store.load("run") is None
+
+
+def test_no_room_for_a_checkpoint_is_a_fault_of_the_storage(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        CheckpointStore(tmp_path).save("run", 5, state(5.0), {"step": 5})
+    assert CheckpointStore(tmp_path).load("run") is None
+
+
+def test_a_state_on_its_way_to_disk_leaves_no_scratch_file(tmp_path, monkeypatch):
+    scratch, store = tmp_path / "scratch", tmp_path / "store"
+    scratch.mkdir()
+    store.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    CheckpointStore(store).save("run", 5, state(5.0), {"step": 5})
+    assert CheckpointStore(store).load("run") is not None
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["torn tensors", "flipped bit", "torn json", "no tensors", "future version"])
