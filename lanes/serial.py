@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lanes.engine import Engine, Lane, Placing, send, stack_metrics
-from lanes.states import copy_of
+from lanes.states import copy_of, in_rows
 from trainables.family import Hypers, State
 
 
@@ -45,7 +45,8 @@ class SerialEngine(Engine):
         first = lane.step % self.schedule.steps_per_epoch
         history = []
         for position in range(first, first + steps):
-            state, metrics = self._step_one(state, hyper, {name: row[position] for name, row in rows.items()})
+            updated, metrics = self._step_one(state, hyper, {name: row[position] for name, row in rows.items()})
+            state = in_rows(updated)
             history.append(metrics)
         self._states[lane.key] = state
         return {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}

@@ -17,7 +17,7 @@ from torch.func import vmap
 from lanes.compiling import compile_lanes
 from lanes.engine import Engine, Lane, Placing, send, shapes_of, stack_metrics
 from lanes.graphs import GraphedSteps, GraphedSums
-from lanes.states import copy_of, leaves, tree_map
+from lanes.states import copy_of, in_rows, leaves, tree_map
 from trainables.family import Hypers, State
 
 TAKEN_TOGETHER = 8
@@ -167,7 +167,8 @@ class StackedEngine(Engine):
     def _plain_step(self) -> Tensor:
         """One step of all lanes. Returns its metrics, [number of metrics, slots]."""
         rows = self._row(self._rows, self._position)
-        self._states, metrics = self._stacked_step(self._states, self._hypers, rows)
+        updated, metrics = self._stacked_step(self._states, self._hypers, rows)
+        self._states = in_rows(updated)
         self._position += 1
         self._names = list(metrics)
         return stack_metrics(list(metrics.values()))

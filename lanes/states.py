@@ -58,6 +58,12 @@ def copy_of(tree: Any, device: torch.device | None = None) -> Any:
     return fresh
 
 
+def in_rows(tree: Any) -> Any:
+    """The same, every tensor in row-major order, as in copies and checkpoints. An optimiser leaves a weight as its
+    gradient lies, and where numbers lie otherwise a product rounds otherwise (on some processors)."""
+    return tree_map(lambda tensor: tensor.contiguous(), tree)
+
+
 class Parcel:
     """A state on its way to the host; the device may go on with other work meanwhile.
 

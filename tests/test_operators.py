@@ -134,5 +134,5 @@ def test_what_is_compiled_with_such_a_function_is_kept_until_its_code_changes(tm
         torch.testing.assert_close(slopes, expected)
     known = config.unsafe_marked_cacheable_functions
     changed = {**known, "trainables.snn_delays.neurons._lif": "changed"}
-    monkeypatch.setattr(config, "unsafe_marked_cacheable_functions", changed)
-    assert compiled()[1] == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    with config.patch("unsafe_marked_cacheable_functions", changed):
+        assert compiled()[1] == {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
