@@ -6,7 +6,6 @@ A choice slower than the serial engine is never picked: serial is one of the row
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from lanes.memory import is_out_of_memory
 from lanes.serial import SerialEngine
 from lanes.stacked import StackedEngine, power_of_two
 from trainables.family import Arrays, Family, program_key
-from trainables.files import write_atomically
+from trainables.files import code_beside, write_atomically
 from trainables.operators import compiled_ahead
 
 log = logging.getLogger(__name__)
@@ -285,11 +284,7 @@ class _Known:
 
 def code_digest(family: Family) -> str:
     """Of the source of the engines and of the family: what was measured of other code may not hold."""
-    digest = hashlib.sha256()
-    for some in (probe, Family, family.Program):
-        for path in sorted(Path(inspect.getfile(some)).parent.glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return code_beside(probe, Family, family.Program)
 
 
 def device_name(device: torch.device | str) -> str:

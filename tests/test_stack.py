@@ -696,20 +696,26 @@ def test_a_stack_that_stays_half_empty_is_made_smaller_where_that_pays(make, alo
         assert memory.step_rows[key] == expected.step_rows[key]
 
 
-def test_the_next_chunk_is_launched_before_the_one_before_is_read(make):
-    order = []
+def watching(note) -> type[SerialEngine]:
+    """An engine that tells `note` of each chunk that is launched and each that is read: which, and its lanes' keys."""
 
     class Watched(Chunk):
         def wait(self):
-            order.append("read")
+            note("read", self.keys)
             return super().wait()
 
     class Watching(SerialEngine):
         def launch(self, steps):
-            order.append("launch")
-            return Watched(**vars(super().launch(steps)))
+            chunk = super().launch(steps)
+            note("launch", chunk.keys)
+            return Watched(**vars(chunk))
 
-    stack = make(Watching)
+    return Watching
+
+
+def test_the_next_chunk_is_launched_before_the_one_before_is_read(make):
+    order: list[str] = []
+    stack = make(watching(lambda what, keys: order.append(what)))
     stack.attach(job("a", seeds=(0,), reports=(9,)))
     tick_until_reports(stack)
     ahead = stack._engine.runs_ahead
@@ -720,19 +726,7 @@ def test_the_next_chunk_is_launched_before_the_one_before_is_read(make):
 
 def test_slots_are_filled_again_before_the_results_of_those_who_left_are_read(make):
     order: list = []
-
-    class Watched(Chunk):
-        def wait(self):
-            order.append(("read", *self.keys))
-            return super().wait()
-
-    class Watching(SerialEngine):
-        def launch(self, steps):
-            chunk = super().launch(steps)
-            order.append(("launch", *chunk.keys))
-            return Watched(**vars(chunk))
-
-    stack = make(Watching, lanes=1)
+    stack = make(watching(lambda what, keys: order.append((what, *keys))), lanes=1)
     first, second = job("a", seeds=(0,), reports=(1, 9)), job("b", seeds=(0,), lr=0.1, reports=(9,))
     stack.attach(first)
     stack.attach(second)
@@ -744,19 +738,8 @@ def test_slots_are_filled_again_before_the_results_of_those_who_left_are_read(ma
 
 
 def test_a_config_that_has_ended_leaves_without_waiting_for_those_that_train(make):
-    order = []
-
-    class Watched(Chunk):
-        def wait(self):
-            order.append("read")
-            return super().wait()
-
-    class Watching(SerialEngine):
-        def launch(self, steps):
-            return Watched(**vars(super().launch(steps)))
-
-    memory = Memory()
-    stack = make(Watching, recorder=memory)
+    order: list[str] = []
+    stack = make(watching(lambda what, keys: order.append(what)))
     short, long = job("a", seeds=(0,), reports=(9,)), job("b", seeds=(0,), lr=0.1, reports=(9,))
     stack.attach(short)
     for _ in range(3):

@@ -3,14 +3,11 @@ said without Triton."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from trainables.family import BadValue
+from trainables.files import code_beside
 
 
 def takes_lanes(operator: CustomOpDef) -> None:
@@ -59,7 +57,7 @@ def in_graph(function: Callable) -> Callable[..., Any]:
     Args:
         function: of tensors, and of nothing that may change while a process runs. At the top of a module.
     """
-    keep_compiled(f"{function.__module__}.{function.__name__}", _code(function))
+    keep_compiled(f"{function.__module__}.{function.__name__}", code_beside(function, keep_compiled))
     return torch.compiler.allow_in_graph(function)
 
 
@@ -75,15 +73,6 @@ def keep_compiled(name: str, version: str) -> None:
 
     # assigned anew: what was compiled is looked up by the settings, which are read when one is assigned
     config.unsafe_marked_cacheable_functions = {**config.unsafe_marked_cacheable_functions, name: version}
-
-
-def _code(function: Callable) -> str:
-    """Of the folder of a function, and of this one."""
-    digest = hashlib.sha256()
-    for folder in (Path(inspect.getfile(function)).parent, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
