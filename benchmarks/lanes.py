@@ -34,6 +34,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages stand one folder above
 
 from benchmarks.gpu_watch import Watch, visible_gpus
+from benchmarks.lanes_report import probed, write
 from benchmarks.workloads import WORKLOADS, Job, job_of, text_of
 from trainables.family import BadValue
 
@@ -74,8 +75,6 @@ def main(
 ) -> None:
     """Run arms and append their results, or report."""
     if report:
-        from benchmarks.lanes_report import write
-
         write(out)
         return
     arms = arm or list(ARMS)
@@ -261,9 +260,7 @@ class Bench:
             "capped": bool(self.cap) and seconds["search"] > self._search_cap,
             "seconds": seconds,
             "probes": probes,
-            "compile_s": sum(
-                r.get("setup", 0.0) for p in probes for r in p["table"] if r["engine"] not in ("serial", "stacked")
-            ),
+            "compile_s": sum(row.get("setup", 0.0) for row in probed(probes)),
             "engines": sorted({f"{r.engine} x{r.lanes:.0f}" for r in table[table["lanes"] > 0].itertuples()}),
             "stop_reasons": {reason: ended.count(reason) for reason in sorted(set(ended))},
         }

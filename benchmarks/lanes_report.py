@@ -157,7 +157,8 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
         lines += [
             f"The probe of lanewise's arm: {row['engine']} with {row['lanes']} lanes {row['rate']:,.0f} trial-steps/s, "
             f"{row['rate'] * floor:.1%} of the floor."
-            for row in probed(arms.get("lanewise") or {})
+            for row in probed((arms.get("lanewise") or {}).get("probes", ()))
+            if row["rate"]
         ]
     if lines:
         lines.append("")
@@ -187,10 +188,9 @@ def kernel_table(arms: Mapping[str, Row], device: str, precision: str, ceilings:
     return [*lines, ""]
 
 
-def probed(sweep: Row) -> list[Row]:
-    """What a sweep's probes found of the engines that compile."""
-    rows = [row for probe in sweep.get("probes", ()) for row in probe["table"]]
-    return [row for row in rows if row["rate"] and row["engine"] not in ("serial", "stacked")]
+def probed(probes: Iterable[Row]) -> list[Row]:
+    """The rows of probes that are of engines that compile."""
+    return [row for probe in probes for row in probe["table"] if row["engine"] not in ("serial", "stacked")]
 
 
 def agreement(agree: Row, sweeps: Mapping[str, Row]) -> list[str]:
