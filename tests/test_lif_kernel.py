@@ -5,7 +5,8 @@ that of the threshold). Forward, float32: neurons whose membrane never comes wit
 (a hundred roundings of 6e-8, values below 10); the others may flip a spike and then differ: they are left out, and few.
 bf16 rounds what float32 has computed, so it is held to float32 on the same rounded input: 2^-7 of the value (the
 interpreter cuts off where a GPU rounds).
-Backward: the same membranes go into both, so nothing can flip: 1e-5 of the largest gradient (bf16: 2^-7 of it).
+Backward: the same membranes go into both, so nothing can flip: 1e-5 of the largest gradient (bf16: 2^-7 of it; sums
+over neurons and time are not rounded to bf16).
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         limit = 2**-7 if dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(found[clear].to(scale.dtype), expected[clear], rtol=limit, atol=1e-5)
     over = expected.to(dtype)
-    slope = neurons.backward_loop(grad, over, keep, alpha)
-    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(
-        lif_kernel.backward(grad, over, keep, alpha), slope, rtol=0, atol=limit * float(slope.abs().max())
-    )
+    both = (backward(grad, over, x, scale, keep, alpha) for backward in (lif_kernel.backward, neurons.backward_loop))
+    for found, slope in zip(*both, strict=True):
+        limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[found.dtype]
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, slope, rtol=0, atol=limit * float(slope.abs().max()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -163,6 +164,6 @@ class TestOnGpu:
 
         def both():
             spikes, over = neurons.lif_forward(x, scale, shift, keep)
-            return spikes, over, neurons.lif_backward(grad, over, keep, alpha)
+            return spikes, over, *neurons.lif_backward(grad, over, x, scale, keep, alpha)
 
         assert_replays(both, x)

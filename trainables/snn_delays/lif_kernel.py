@@ -72,10 +72,27 @@ def _slope(grad, over, a):
 
 
 @triton.jit
-def _backward(grad, over, keep, alpha, out, neurons, steps: tl.constexpr, places: tl.constexpr, BLOCK: tl.constexpr):
-    at, _, real = _addresses(neurons, steps, places, BLOCK)
+def _earlier(grad, over, x, scale, k, a, later, timed, plain, kept):
+    """One step of the walk backwards: dx and the current's gradient, and the sums with this step's terms."""
+    spiked = over >= 0.0
+    kept += later * tl.where(spiked, 0.0, over + 1.0)
+    later = _slope(grad, over, a) + tl.where(spiked, 0.0, k) * later
+    return scale * later, later, timed + later * x, plain + later, kept
+
+
+@triton.jit
+def _backward(
+    grad, over, x, scale, keep, alpha, out, sums, neurons,
+    steps: tl.constexpr, places: tl.constexpr, channels: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`sums`: of each neuron over time, [3, G, neurons]."""
+    at, place, real = _addresses(neurons, steps, places, BLOCK)
     k, a = tl.load(keep + tl.program_id(1)), tl.load(alpha + tl.program_id(1))
+    c = tl.load(scale + tl.program_id(1) * channels + place % channels)
     later = tl.zeros((BLOCK,), keep.dtype.element_ty)
+    timed = tl.zeros((BLOCK,), keep.dtype.element_ty)
+    plain = tl.zeros((BLOCK,), keep.dtype.element_ty)
+    kept = tl.zeros((BLOCK,), keep.dtype.element_ty)
     at += (steps - 1) * places  # from the last step backwards
     for t in range(0, steps, 4):
         in1, in2, in3 = real & (t + 1 < steps), real & (t + 2 < steps), real & (t + 3 < steps)
@@ -87,16 +104,25 @@ def _backward(grad, over, keep, alpha, out, neurons, steps: tl.constexpr, places
         o1 = tl.load(over + at - places, mask=in1, other=0.0).to(later.dtype)
         o2 = tl.load(over + at - 2 * places, mask=in2, other=0.0).to(later.dtype)
         o3 = tl.load(over + at - 3 * places, mask=in3, other=0.0).to(later.dtype)
-        g0 = _slope(d0, o0, a) + tl.where(o0 >= 0.0, 0.0, k) * later
-        g1 = _slope(d1, o1, a) + tl.where(o1 >= 0.0, 0.0, k) * g0
-        g2 = _slope(d2, o2, a) + tl.where(o2 >= 0.0, 0.0, k) * g1
-        g3 = _slope(d3, o3, a) + tl.where(o3 >= 0.0, 0.0, k) * g2
-        later = g3
+        x0 = tl.load(x + at, mask=real, other=0.0).to(later.dtype)
+        x1 = tl.load(x + at - places, mask=in1, other=0.0).to(later.dtype)
+        x2 = tl.load(x + at - 2 * places, mask=in2, other=0.0).to(later.dtype)
+        x3 = tl.load(x + at - 3 * places, mask=in3, other=0.0).to(later.dtype)
+        # before the first step there is none: what is read there is 0, over as if it spiked, so that nothing is added
+        g0, later, timed, plain, kept = _earlier(d0, o0, x0, c, k, a, later, timed, plain, kept)
+        g1, later, timed, plain, kept = _earlier(d1, o1, x1, c, k, a, later, timed, plain, kept)
+        g2, later, timed, plain, kept = _earlier(d2, o2, x2, c, k, a, later, timed, plain, kept)
+        g3, later, timed, plain, kept = _earlier(d3, o3, x3, c, k, a, later, timed, plain, kept)
         tl.store(out + at, g0, mask=real)
         tl.store(out + at - places, g1, mask=in1)
         tl.store(out + at - 2 * places, g2, mask=in2)
         tl.store(out + at - 3 * places, g3, mask=in3)
         at -= 4 * places
+    every = tl.num_programs(1).to(tl.int64) * neurons
+    mine = sums + tl.program_id(1).to(tl.int64) * neurons + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(mine, timed, mask=real)
+    tl.store(mine + every, plain, mask=real)
+    tl.store(mine + 2 * every, kept, mask=real)
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,13 +139,19 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tens
     return spikes, over
 
 
-def backward(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    """As `neurons.lif_backward`: [G, R, T, P]."""
-    grad, over, keep, alpha = grad.contiguous(), over.contiguous(), keep.contiguous(), alpha.contiguous()
-    out = torch.empty_like(over)
+def backward(
+    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `neurons.lif_backward`: to x [G, R, T, P], to scale and shift [G, C], to keep [G]."""
+    grad, over, x = grad.contiguous(), over.contiguous(), x.contiguous()
+    scale, keep, alpha = scale.contiguous(), keep.contiguous(), alpha.contiguous()
+    groups, rows, steps, places = over.shape
+    out, sums = torch.empty_like(over), scale.new_zeros((3, groups, rows * places))
     if over.numel():
-        groups, rows, steps, places = over.shape
-        neurons = rows * places
+        neurons, channels = rows * places, scale.shape[1]
         grid = (triton.cdiv(neurons, BLOCK), groups)
-        launch(_backward, grid)(grad, over, keep, alpha, out, neurons, steps, places, BLOCK=BLOCK)
-    return out
+        launch(_backward, grid)(
+            grad, over, x, scale, keep, alpha, out, sums, neurons, steps, places, channels, BLOCK=BLOCK
+        )
+    timed, plain = sums[:2].unflatten(-1, (-1, scale.shape[1])).sum(2)
+    return out, timed.contiguous(), plain.contiguous(), sums[2].sum(1)

@@ -71,29 +71,46 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("lanewise::lif_backward", mutates_args=())
-def lif_backward(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    """Gradient with respect to the input current from the one with respect to the spikes, both [G, R, T, P] and of the
-    dtype of `over`; arithmetic in that of `keep`.
+def lif_backward(
+    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to x [G, R, T, P], scale and shift [G, C] and keep [G] from that with respect to the
+    spikes. `grad`, `over` and x [G, R, T, P] are of one dtype; arithmetic is in that of `keep`.
 
-    g[t] = grad[t] * ds/dh[t] + keep * (1 - s[t]) * g[t+1].
+    The gradient of the input current is g[t] = grad[t] * ds/dh[t] + keep * (1 - s[t]) * g[t+1]; then dx = scale * g,
+    dscale = sum g x, dshift = sum g, and dkeep = sum g[t] v[t-1].
     """
-    return backward_loop(grad, over, keep, alpha)
+    return backward_loop(grad, over, x, scale, keep, alpha)
 
 
-def backward_loop(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+def backward_loop(
+    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`lif_backward` step by step, on any device."""
-    a, keep, gradient = alpha.reshape(-1, 1, 1), keep.reshape(-1, 1, 1), over.new_empty(over.shape)
-    after = keep.new_zeros(())
+    a, keep, to_x = alpha.reshape(-1, 1, 1), keep.reshape(-1, 1, 1), over.new_empty(over.shape)
+    factor = scale.repeat(1, x.shape[3] // scale.shape[1]).unsqueeze(1)
+    after, zeros = keep.new_zeros(()), [keep.new_zeros(over[:, :, 0].shape) for _ in range(3)]
+    timed, plain, kept = zeros
     for t in reversed(range(over.shape[2])):
-        direct = grad[:, :, t] * (a / 2) / (1 + (math.pi / 2 * a * over[:, :, t]) ** 2)
-        after = direct.addcmul_(torch.where(over[:, :, t] >= 0, 0.0, keep), after)
-        gradient[:, :, t] = after
-    return gradient
+        spiked, now = over[:, :, t] >= 0, over[:, :, t].to(keep.dtype)
+        kept += after * torch.where(spiked, 0.0, now + 1)
+        direct = grad[:, :, t] * (a / 2) / (1 + (math.pi / 2 * a * now) ** 2)
+        after = direct.addcmul_(torch.where(spiked, 0.0, keep), after)
+        timed.addcmul_(after, x[:, :, t].to(keep.dtype))
+        plain += after
+        to_x[:, :, t] = after * factor
+    by_channel = (sums.unflatten(-1, (-1, scale.shape[1])).sum((1, 2)) for sums in (timed, plain))
+    return to_x, *by_channel, kept.sum((1, 2))
 
 
 @lif_backward.register_fake
-def _(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
-    return over.new_empty(over.shape)
+def _(grad, over, x, scale, keep, alpha) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        over.new_empty(over.shape),
+        scale.new_empty(scale.shape),
+        scale.new_empty(scale.shape),
+        torch.empty_like(keep),
+    )
 
 
 @lif_forward.register_kernel("cuda")
@@ -103,9 +120,10 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Te
 
 
 @lif_backward.register_kernel("cuda")
-def _(grad: Tensor, over: Tensor, keep: Tensor, alpha: Tensor) -> Tensor:
+def _(grad, over, x, scale, keep, alpha) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = gpu_kernel("lif_kernel")
-    return backward_loop(grad, over, keep, alpha) if kernel is None else kernel.backward(grad, over, keep, alpha)
+    backward = backward_loop if kernel is None else kernel.backward
+    return backward(grad, over, x, scale, keep, alpha)
 
 
 def gpu_kernel(module: str) -> ModuleType | None:
@@ -150,17 +168,9 @@ class _Lif(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
-        x, scale, keep, alpha, over = ctx.saved_tensors
-        current = lif_backward(grad.detach(), over.detach(), keep.detach(), alpha.detach())
-        # [G, R, T, N, C]; rows first, so that a GPU sums many of them side by side
-        wide, values = (t.to(scale.dtype).unflatten(-1, (-1, scale.shape[1])) for t in (current, x))
-        to_scale, to_shift = (wide * values).sum((2, 3)).sum(1), wide.sum((2, 3)).sum(1)
-        to_x = (wide * scale[:, None, None, None]).to(x.dtype).flatten(-2)
-        to_keep = None
-        if ctx.learn_keep:
-            before = torch.where(over >= 0, 0.0, over.to(keep.dtype) + 1)[:, :, :-1]  # v[t-1]
-            to_keep = (current[:, :, 1:] * before).sum((1, 2, 3))
-        return to_x, to_scale, to_shift, to_keep, None, None
+        x, scale, keep, alpha, over = (tensor.detach() for tensor in ctx.saved_tensors)
+        to_x, to_scale, to_shift, to_keep = lif_backward(grad.detach(), over, x, scale, keep, alpha)
+        return to_x, to_scale, to_shift, to_keep if ctx.learn_keep else None, None, None
 
 
 @in_graph
