@@ -49,7 +49,7 @@ def backward_blocks(width: int) -> Blocks:
     """Of the backward kernel, by the padded width of a head."""
     if width <= 16:
         return Blocks(16, 1, 3)
-    return Blocks(32, 4) if width <= 32 else Blocks(32, 2, 1)
+    return Blocks(32, 4) if width <= 32 else Blocks(32, 2, 2)
 
 
 @triton.jit

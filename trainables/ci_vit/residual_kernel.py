@@ -15,10 +15,12 @@ from torch import Tensor
 from trainables.operators import launch
 
 VALUES = 2048
-"""Of a tile: rows times channels."""
+"""Of a tile: rows times channels, of the residual."""
+VALUES_HIDDEN = 4096
+"""And of the hidden layer."""
 ROWS_SUMMED = 128
 """By one instance of a kernel that sums over rows."""
-MOST_UNITS = 256
+MOST_UNITS = 128
 """Of the hidden layer, in one instance."""
 
 
@@ -75,10 +77,11 @@ def _residual_backward(
         to_bias += tl.where(inside, out, 0.0)
         to_scale += slope * z
         to_shift += slope
-    part = parts + (lane * tl.num_programs(0) + split) * (3 * D) + channel
+    part = parts + (lane * tl.num_programs(0) + split) * D + channel
+    every = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * D
     tl.store(part, tl.sum(to_bias, 0), mask=channel < D)
-    tl.store(part + D, tl.sum(to_scale, 0), mask=channel < D)
-    tl.store(part + 2 * D, tl.sum(to_shift, 0), mask=channel < D)
+    tl.store(part + every, tl.sum(to_scale, 0), mask=channel < D)
+    tl.store(part + 2 * every, tl.sum(to_shift, 0), mask=channel < D)
 
 
 @triton.jit
@@ -157,12 +160,11 @@ def residual_backward(
     per_lane, (rows, wide) = len(y) // lanes, _tile(width)
     splits = triton.cdiv(per_lane, ROWS_SUMMED)
     dx, dadded = torch.empty_like(y), torch.empty_like(to_h)
-    parts = scale.new_empty((lanes, splits, 3, width))
+    parts = scale.new_empty((3, lanes, splits, width))
     launch(_residual_backward, (splits, lanes))(
         to_y, to_h, y, mean, rate, scale, dx, dadded, parts, per_lane, width, ROWS_SUMMED, rows, wide
     )
-    sums = parts.sum(1)
-    return dx, dadded, *(sums[:, which].contiguous() for which in range(3))
+    return dx, dadded, *(part.sum(1) for part in parts)
 
 
 def rectify_forward(product: Tensor, bias: Tensor, fired: bool, activity: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,4 +207,4 @@ def _cut(hidden: Tensor, lanes: int) -> tuple[int, int, int, int]:
     """Rows of a lane and its instances along them; rows and units of a tile."""
     per_lane = len(hidden) // lanes
     units = min(MOST_UNITS, triton.next_power_of_2(hidden.shape[1]))
-    return per_lane, triton.cdiv(per_lane, ROWS_SUMMED), VALUES // units, units
+    return per_lane, triton.cdiv(per_lane, ROWS_SUMMED), VALUES_HIDDEN // units, units

@@ -153,5 +153,5 @@ def backward(
         launch(_backward, grid)(
             grad, over, x, scale, keep, alpha, out, sums, neurons, steps, places, channels, BLOCK=BLOCK
         )
-    timed, plain = sums[:2].unflatten(-1, (-1, scale.shape[1])).sum(2)
-    return out, timed.contiguous(), plain.contiguous(), sums[2].sum(1)
+    by_channel = (part.unflatten(-1, (-1, scale.shape[1])).sum(1) for part in sums[:2])
+    return out, *by_channel, sums[2].sum(1)
