@@ -50,7 +50,7 @@ def operators(forward: Any, backward: Any, lanes: int, batch: int, steps: int, d
     def step() -> None:
         membranes = [forward(x, *affine, keep)[1] for x, affine in zip(inputs, affines, strict=True)]
         for grad, over, x, (scale, _) in zip(grads, membranes, inputs, affines, strict=True):
-            backward(grad, over, x, scale, keep, alpha)
+            backward(grad, over, x, scale, keep, alpha, False)
 
     return step
 

@@ -59,8 +59,13 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         limit = 2**-7 if dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(found[clear].to(scale.dtype), expected[clear], rtol=limit, atol=1e-5)
     over = expected.to(dtype)
-    both = (backward(grad, over, x, scale, keep, alpha) for backward in (lif_kernel.backward, neurons.backward_loop))
-    for found, slope in zip(*both, strict=True):
+    given = (grad, over, x, scale, keep, alpha)
+    for backward in (lif_kernel.backward, neurons.backward_loop):
+        *learned, _ = backward(*given, True)
+        *others, nothing = backward(*given, False)
+        assert nothing.shape == (len(keep), 0)
+        assert all(torch.equal(one, other) for one, other in zip(learned, others, strict=True))
+    for found, slope in zip(lif_kernel.backward(*given, True), neurons.backward_loop(*given, True), strict=True):
         limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[found.dtype]
         assert found.is_contiguous()
         torch.testing.assert_close(found, slope, rtol=0, atol=limit * float(slope.abs().max()))
@@ -164,6 +169,6 @@ class TestOnGpu:
 
         def both():
             spikes, over = neurons.lif_forward(x, scale, shift, keep)
-            return spikes, over, *neurons.lif_backward(grad, over, x, scale, keep, alpha)
+            return spikes, over, *neurons.lif_backward(grad, over, x, scale, keep, alpha, True)
 
         assert_replays(both, x)

@@ -140,9 +140,9 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tens
 
 
 def backward(
-    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor
+    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `neurons.lif_backward`: to x [G, R, T, P], to scale and shift [G, C], to keep [G]."""
+    """As `neurons.lif_backward`."""
     grad, over, x = grad.contiguous(), over.contiguous(), x.contiguous()
     scale, keep, alpha = scale.contiguous(), keep.contiguous(), alpha.contiguous()
     groups, rows, steps, places = over.shape
@@ -154,4 +154,5 @@ def backward(
             grad, over, x, scale, keep, alpha, out, sums, neurons, steps, places, channels, BLOCK=BLOCK
         )
     by_channel = (part.unflatten(-1, (-1, scale.shape[1])).sum(1) for part in sums[:2])
-    return out, *by_channel, sums[2].sum(1)
+    # kept in any case: beside what is read, its arithmetic is nothing
+    return out, *by_channel, sums[2].sum(1) if learn_keep else keep.new_empty((groups, 0))

@@ -72,45 +72,48 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Te
 
 @torch.library.custom_op("lanewise::lif_backward", mutates_args=())
 def lif_backward(
-    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor
+    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x [G, R, T, P], scale and shift [G, C] and keep [G] from that with respect to the
-    spikes. `grad`, `over` and x [G, R, T, P] are of one dtype; arithmetic is in that of `keep`.
+    """Gradients with respect to x [G, R, T, P], scale and shift [G, C] and, with `learn_keep`, keep [G] (else [G, 0])
+    from that with respect to the spikes. `grad`, `over` and x [G, R, T, P] are of one dtype; arithmetic is in that of
+    `keep`.
 
     The gradient of the input current is g[t] = grad[t] * ds/dh[t] + keep * (1 - s[t]) * g[t+1]; then dx = scale * g,
     dscale = sum g x, dshift = sum g, and dkeep = sum g[t] v[t-1].
     """
-    return backward_loop(grad, over, x, scale, keep, alpha)
+    return backward_loop(grad, over, x, scale, keep, alpha, learn_keep)
 
 
 def backward_loop(
-    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor
+    grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`lif_backward` step by step, on any device."""
     a, keep, to_x = alpha.reshape(-1, 1, 1), keep.reshape(-1, 1, 1), over.new_empty(over.shape)
     factor = scale.repeat(1, x.shape[3] // scale.shape[1]).unsqueeze(1)
-    after, zeros = keep.new_zeros(()), [keep.new_zeros(over[:, :, 0].shape) for _ in range(3)]
-    timed, plain, kept = zeros
+    after = keep.new_zeros(())
+    timed, plain, kept = (keep.new_zeros(over[:, :, 0].shape) for _ in range(3))
     for t in reversed(range(over.shape[2])):
         spiked, now = over[:, :, t] >= 0, over[:, :, t].to(keep.dtype)
-        kept += after * torch.where(spiked, 0.0, now + 1)
+        if learn_keep:
+            kept += after * torch.where(spiked, 0.0, now + 1)
         direct = grad[:, :, t] * (a / 2) / (1 + (math.pi / 2 * a * now) ** 2)
         after = direct.addcmul_(torch.where(spiked, 0.0, keep), after)
         timed.addcmul_(after, x[:, :, t].to(keep.dtype))
         plain += after
         to_x[:, :, t] = after * factor
     by_channel = (sums.unflatten(-1, (-1, scale.shape[1])).sum((1, 2)) for sums in (timed, plain))
-    return to_x, *by_channel, kept.sum((1, 2))
+    return to_x, *by_channel, kept.sum((1, 2)) if learn_keep else unasked(keep)
 
 
 @lif_backward.register_fake
-def _(grad, over, x, scale, keep, alpha) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        over.new_empty(over.shape),
-        scale.new_empty(scale.shape),
-        scale.new_empty(scale.shape),
-        torch.empty_like(keep),
-    )
+def _(grad, over, x, scale, keep, alpha, learn_keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_channels = (scale.new_empty(scale.shape) for _ in range(2))
+    return over.new_empty(over.shape), *of_channels, torch.empty_like(keep) if learn_keep else unasked(keep)
+
+
+def unasked(keep: Tensor) -> Tensor:
+    """In the place of the gradient to `keep`."""
+    return keep.new_empty((len(keep), 0))
 
 
 @lif_forward.register_kernel("cuda")
@@ -120,10 +123,10 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Te
 
 
 @lif_backward.register_kernel("cuda")
-def _(grad, over, x, scale, keep, alpha) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad, over, x, scale, keep, alpha, learn_keep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = gpu_kernel("lif_kernel")
     backward = backward_loop if kernel is None else kernel.backward
-    return backward(grad, over, x, scale, keep, alpha)
+    return backward(grad, over, x, scale, keep, alpha, learn_keep)
 
 
 def gpu_kernel(module: str) -> ModuleType | None:
@@ -169,7 +172,7 @@ class _Lif(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         x, scale, keep, alpha, over = (tensor.detach() for tensor in ctx.saved_tensors)
-        to_x, to_scale, to_shift, to_keep = lif_backward(grad.detach(), over, x, scale, keep, alpha)
+        to_x, to_scale, to_shift, to_keep = lif_backward(grad.detach(), over, x, scale, keep, alpha, ctx.learn_keep)
         return to_x, to_scale, to_shift, to_keep if ctx.learn_keep else None, None, None
 
 
