@@ -26,7 +26,7 @@ BESIDES = {"analysis": ("tuning.mirror",)}
 ONLY_IN = {
     "ray": ("lanes/pool.py", "tuning/"),
     "ray.tune": ("tuning/",),
-    "mlflow": ("tuning/tracking.py", "analysis/mlflow_link.py"),
+    "mlflow": ("tuning/tracking.py", "tuning/mlflow_database.py", "analysis/mlflow_link.py"),
     "optuna": ("tuning/",),
     "hyperopt": ("tuning/",),
     "importlib": ("trainables/family.py",),

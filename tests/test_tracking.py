@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +27,8 @@ from tests.test_command_line import plan_of
 from tests.toy_sweeps import ROOT
 from trainables.family import BadValue
 from tuning.journal import Journal
+from tuning.locks import held
+from tuning.mlflow_database import make_database, sqlite_file
 from tuning.outbox import LIVE_SECONDS, Outbox
 from tuning.runner import write_sweep_json
 from tuning.searchers import Proposer, make_source
@@ -314,6 +319,62 @@ def test_a_sweep_that_does_not_exist_is_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+# --- a database of its own ---
+
+
+@pytest.mark.parametrize("step", [1, 10, 60])
+def test_a_recorder_killed_while_the_database_is_made_leaves_none_behind(undisturbed, uri, tmp_path, step):
+    """MLflow makes it in some seventy steps, and cannot open one that has only some of them."""
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    there = tmp_path / "mlflow.db"
+    die_within = f"""
+import os
+from alembic.runtime.migration import HeadMaintainer
+from pathlib import Path
+import tuning.sync
+steps, step = iter(range(1, 1000)), HeadMaintainer.update_to_step
+HeadMaintainer.update_to_step = lambda *made: os._exit(9) if next(steps) == {step} else step(*made)
+tuning.sync.deliver(Path({str(folder)!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", die_within], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert not there.exists()
+    tuning.sync.deliver(folder)
+    assert points(f"sqlite:///{there}") == points(uri)
+
+
+def test_a_database_that_another_process_makes_meanwhile_is_waited_for_and_kept(tmp_path):
+    path = tmp_path / "mlflow.db"
+    with ThreadPoolExecutor(1) as other:
+        with held(tmp_path / ".mlflow.db.lock"):
+            waits = other.submit(make_database, f"sqlite:///{path}")
+            path.write_bytes(b"theirs")
+        waits.result(timeout=60)
+    assert path.read_bytes() == b"theirs"
+
+
+def test_only_a_database_in_a_file_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in ("http://127.0.0.1:9", "postgresql://me@db/x", "databricks", "sqlite://", "sqlite:///:memory:"):
+        assert sqlite_file(uri) is None
+        make_database(uri)
+    assert list(tmp_path.iterdir()) == []
+    assert sqlite_file("sqlite:////a/b.db") == Path("/a/b.db")
+    assert sqlite_file("sqlite+pysqlite:///b.db?timeout=5") == Path("b.db")
+
+
+def test_a_database_of_another_version_of_mlflow_is_named_as_such(undisturbed, uri, tmp_path, monkeypatch):
+    folder = undelivered(undisturbed, tmp_path / "whole")
+    shutil.copy(uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = '75868b020152'")
+        database.commit()
+    monkeypatch.setattr(tuning.sync, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(tuning.sync.Away) as away:
+        tuning.sync.deliver(folder)
+    assert "`mlflow db upgrade URI` has to change it: everything is on disk" in str(away.value)
 
 
 # --- what can wait ---

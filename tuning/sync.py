@@ -108,13 +108,19 @@ def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = Non
             tracker = None
             if (over or _finished(folder)) and time.monotonic() - away_since > PATIENCE_SECONDS:
                 raise Away(
-                    f"MLflow could not be reached ({type(error).__name__}): everything is on disk, "
+                    f"{_what_is_wrong(error)}: everything is on disk, "
                     f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
         if over:
             time.sleep(FOLLOW_SECONDS)  # the server is away: once more
         else:
             over = not _wait(FOLLOW_SECONDS) or not _alive(follow)
+
+
+def _what_is_wrong(error: Exception) -> str:
+    if "out-of-date database schema" in str(error):
+        return "the MLflow database was made by another version of MLflow, and `mlflow db upgrade URI` has to change it"
+    return f"MLflow could not be reached ({type(error).__name__})"
 
 
 def _wait(seconds: float) -> bool:

@@ -1,4 +1,5 @@
-"""MLflow, from what is on disk: sweep run -> config runs -> seed runs. The only module of `tuning` that imports MLflow.
+"""MLflow, from what is on disk: sweep run -> config runs -> seed runs. Of `tuning` only this module and
+`mlflow_database` import MLflow.
 
 The journal and the epochs' Parquet files are the source; this is a projection of them that may lag, stop, and start
 again. What is to be sent is noted on disk first and crossed out when the server has it: a delivery that was killed in
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from trainables.files import write_atomically
 from tuning.aggregates import config_values, cost_tags, pareto_front, result, summary
 from tuning.journal import Event, read
+from tuning.mlflow_database import make_database
 from tuning.mlflow_page import page_tags
 from tuning.objectives import COSTS, searched, value
 from tuning.outbox import Outbox, Which
@@ -72,6 +74,7 @@ class Tracker:
         self._plain = load_plain(folder)
         self._sweep: Which = "sweep", self._plain["name"]
         uri = tracking_uri(folder, self._plain)
+        make_database(uri)
         self._client = MlflowClient(uri)
         # a server answers several at once; one SQLite file takes one after the other
         self._at_once = SENDERS if uri.startswith("http") else 1
