@@ -6,19 +6,17 @@ import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import pandas as pd
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from analysis.errors import UserError
-from analysis.figures import rounded
 from analysis.store import open_sweep
+from analysis.terminal import show
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+# typer brings its own copy of click; this is its base class of usage errors, whichever copy that is
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 Name = Annotated[str, typer.Argument(help="the sweep's name: its folder under the storage")]
 Storage = Annotated[
@@ -135,9 +133,10 @@ def compare(
     found = comparing.compare(
         storage, names, by, metric, at, kind, against, margin, claim, picked, paired, alpha, phase
     )
-    show(found.arms, f"{found.metric} at {at}" + (", result on fresh seeds" if found.phase == "confirm" else ""))
+    arms = found.arms.drop(columns="config") if (found.arms.arm == found.arms.config).all() else found.arms
+    show(arms, f"{found.metric} at {at}" + (", result on fresh seeds" if found.phase == "confirm" else ""))
     print()
-    show(found.pairs)
+    show(found.pairs, keys=2)
     print()
     for line in [*comparing.sentences(found, alpha), *found.notes]:
         print(line)
@@ -275,28 +274,14 @@ def plot(
         print(path)
 
 
-def show(frame: pd.DataFrame, title: str | None = None) -> None:
-    """A data frame as a terminal table."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in frame.columns:
-        numeric = pd.api.types.is_numeric_dtype(frame[column]) and frame[column].dtype != bool
-        table.add_column(str(column), justify="right" if numeric else "left", overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*(Text(_plain(value)) for value in row))
-    if not len(frame):
-        print("nothing yet")
-        return
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:  # a pipe or a file: lines as wide as they come
-        console = Console(markup=False, highlight=False, width=1000)
-    console.print(table)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return rounded(value)
-    return "" if value is None else str(value)
-
-
-def main() -> None:
-    app()
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The command line: what is wrong with a command is one line and exit code 2, as everything else that is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = typer.main.get_command(app).main(arguments or ["--help"], "python -m analysis", standalone_mode=False)
+    except ClickException as error:
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        code = 2
+    except typer.Abort:
+        code = 130
+    sys.exit(code or 0)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +19,11 @@ from tuning.objectives import COSTS, Row, confirmed, front, mean, means, searche
 from tuning.progress import clock
 from tuning.race import ALPHA
 from tuning.sweep import SweepPlan
+
+LABEL_WIDTH = 20
+"""Characters that the configs' labels have at least; longer ones go on in the next line."""
+ROOMY = 100
+"""Columns of a terminal from which on the search's table has its costs, too."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,23 @@ def print_results(console: Console, plan: SweepPlan, ended: Ended) -> None:
         console.print(Text(race_line(ended.look)), soft_wrap=True)
         console.print()
     if ended.confirmed is not None:
-        _headed(console, "what was chosen by, in the search:", results_table(ended.rows, plan.metric, mode))
-    else:
-        console.print(results_table(ended.rows, plan.metric, mode))
+        console.print(Text("what was chosen by, in the search:", style="bold"))
+    print_table(console, results_table(ended.rows, plan.metric, mode, cost=console.width >= ROOMY))
 
 
 def _headed(console: Console, heading: str, table: Table) -> None:
     console.print(Text(heading, style="bold"), soft_wrap=True)
-    console.print(table)
+    print_table(console, table)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """On a narrow terminal the labels in the first column wrap. No figure is ever cut: where even that is not enough,
+    lines run over the edge."""
+    natural = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    labels = max(cell_len(str(cell)) for cell in (table.columns[0].header, *table.columns[0].cells))
+    if natural > console.width:
+        table.width = max(console.width, natural - max(0, labels - LABEL_WIDTH))
+    console.print(table, crop=False)
 
 
 def confirmed_table(plan: SweepPlan, ended: Ended) -> Table:
@@ -132,7 +148,7 @@ def _objective(name: str, number: float) -> str:
 
 def _table() -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("config", no_wrap=True, overflow="ellipsis")
+    table.add_column("config", overflow="fold")
     return table
 
 
@@ -149,11 +165,14 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
 
 
-def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, shown: int = 10) -> Table:
-    """The best configs of the search: mean and spread over seeds at the last report, stop reason, cost.
+def results_table(
+    rows: Iterable[Mapping[str, Any]], metric: str, mode: str, shown: int = 10, cost: bool = True
+) -> Table:
+    """The best configs of the search: mean and spread over seeds at the last report, stop reason.
 
     Args:
         rows: of the runs table.
+        cost: with a column of the device time.
     """
     configs: dict[str, list[Mapping[str, Any]]] = {}
     for row in searched(rows):
@@ -170,12 +189,12 @@ def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, sho
             0.0 if math.isnan(entry[0]) else (-entry[0] if mode == "max" else entry[0]),
         )
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("config", no_wrap=True, overflow="ellipsis")
+    table = _table()
     for name, width in ((metric, 7), ("± sd", 6), ("seeds", 5), ("epochs", 7)):
         table.add_column(name, justify="right", no_wrap=True, min_width=max(width, len(name)))
     table.add_column("stop reason", no_wrap=True, min_width=14)
-    table.add_column("device time", justify="right", no_wrap=True, min_width=11)
+    if cost:
+        table.add_column("device time", justify="right", no_wrap=True, min_width=11)
     for average, values, runs in ranked[:shown]:
         reasons = sorted({describe(row) for row in runs})
         table.add_row(
@@ -185,10 +204,10 @@ def results_table(rows: Iterable[Mapping[str, Any]], metric: str, mode: str, sho
             str(len(runs)),
             f"{max(row['epoch'] for row in runs)}/{runs[0]['epochs_total']}",
             ", ".join(reasons),
-            clock(sum(row["device_seconds"] for row in runs)),
+            *([clock(sum(row["device_seconds"] for row in runs))] if cost else []),
         )
     if len(ranked) > shown:
-        table.add_row(f"... and {len(ranked) - shown} more", "", "", "", "", "", "")
+        table.add_row(f"... and {len(ranked) - shown} more")
     return table
 
 

@@ -125,12 +125,12 @@ class Progress:
         for reason in ("diverged", "oom", "crashed"):
             if self._ended.get(reason):
                 parts.append(f"{self._ended[reason]} {reason}")
-        if self._best:
+        parts += [clock(elapsed), self._eta()]
+        if self._best:  # last: a narrow terminal cuts the line, and a config's label is the least of it
             furthest = max(self._best)  # an early rung's value does not compare with a later one's
             value, label = self._best[furthest]
             where = "" if furthest >= 1 else f" at {furthest:.0%}"
             parts.append(f"best {self._metric} {value:.4f}{where} ({label})")
-        parts += [clock(elapsed), self._eta()]
         return Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
 
     def _eta(self) -> str:
