@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from tests.toy_sweeps import UNDISTURBED, Swept, sweep
+from tests.toy_sweeps import ROOT, UNDISTURBED, Swept, sweep
 
 FINISHED_COLUMNS = ("config", "test_loss", "± sd", "seeds", "epochs", "stop reason", "device time")
 
@@ -73,6 +83,34 @@ def test_a_whole_sweep_prints_what_was_promised(undisturbed):
     assert undisturbed.err == ""
     assert_only_what_was_promised(undisturbed.out)
     assert str(undisturbed.folder.name) in undisturbed.out.splitlines()[-1]
+
+
+def test_a_terminal_shows_the_same_and_nothing_of_what_libraries_say(tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "tests.toys.tune_toy", "grid", "--trials", "2", "--engine", "serial"]
+    with tempfile.TemporaryDirectory(prefix="lw") as ray:  # short: Ray's sockets live below it
+        process = subprocess.Popen(
+            [*command, "--storage", str(tmp_path), "--name", "drawn"],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+            cwd=ROOT,
+            env={**os.environ, "LANEWISE_RAY_TEMP": ray},
+        )
+        os.close(theirs)
+        drawn = b""
+        with contextlib.suppress(OSError):  # nobody has the terminal open any more
+            while chunk := os.read(ours, 65536):
+                drawn += chunk
+        os.close(ours)
+        assert process.wait() == 0, drawn.decode()
+    assert "authentication" in (tmp_path / "drawn" / "log.txt").read_text(), "Ray does say something"
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    head = next(i for i, line in enumerate(lines) if line.startswith("config "))
+    assert {line for line in lines[:head] if " done · " not in line and " ... " not in line} == set()
+    assert any("2/2 done" in line for line in lines[:head])
+    assert [line.split()[0] for line in lines[head + 1 :]] == ["lr=0.3", "lr=0.1", "report", "MLflow", "resume"]
+    assert max(map(len, lines[: head + 3])) <= 80
 
 
 def test_a_whole_sweep_leaves_one_story(undisturbed):

@@ -426,20 +426,19 @@ def tell_unfinished(plan: SweepPlan) -> None:
 
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     """The three lines: where the report is, how to open MLflow, how to resume."""
-    lines = Table.grid(padding=(0, 2))
     uri = plan.tracking_uri or f"sqlite:///{_read_folder(plan) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
         command = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
     else:
         command = redact(uri)
     page = Path(plan.name, "report", "index.html")
-    lines.add_row("report", Text(_shown(_read_folder(plan) / page)))
+    lines = [("report", _shown(_read_folder(plan) / page))]
     if plan.bucket:
-        lines.add_row("", Text(f"{plan.bucket}/{page}"))
-    lines.add_row("MLflow", Text(command))
-    lines.add_row("resume", Text(_resume_command(plan)))
+        lines.append(("", f"{plan.bucket}/{page}"))
+    lines += [("MLflow", command), ("resume", _resume_command(plan))]
     console.print()
-    console.print(lines, soft_wrap=True)
+    for name, text in lines:  # whole on any terminal: they are copied
+        console.print(Text(f"{name:<6}  {text}"), soft_wrap=True)
 
 
 def _read_folder(plan: SweepPlan) -> Path:

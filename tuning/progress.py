@@ -44,7 +44,14 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console is not None and self._console.is_terminal:
-            self._live = Live(get_renderable=self.line, console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(
+                get_renderable=self.line,
+                console=self._console,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=False,  # what libraries print meanwhile is the log's
+                redirect_stderr=False,
+            )
             self._live.__enter__()
         return self
 

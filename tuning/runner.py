@@ -370,7 +370,6 @@ def _start_ray(plan: SweepPlan) -> None:
     else:
         # a job of this sweep's own: loopback only, no dashboard, whatever cluster the environment points to
         os.environ.pop("RAY_ADDRESS", None)
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray does by itself, with four lines on the terminal
         ray.init(
             address="local",
             include_dashboard=False,
