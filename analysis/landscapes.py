@@ -122,6 +122,8 @@ def parallel_coordinates(table: pd.DataFrame, axes: Sequence[str], metric: str, 
     return figure
 
 
+LABEL_HEIGHT = 0.06
+"""Of a number on an axis, as a share of the axis: two that are nearer to one another would overlap."""
 _HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 
 
@@ -137,8 +139,12 @@ def _scaled(values: pd.Series) -> tuple[np.ndarray, list[tuple[float, str]]]:
         heights = np.where(
             np.isfinite(numbers), (put(np.where(np.isfinite(numbers), numbers, known[0])) - low) / span, -0.12
         )
-        points = sorted(set(known)) if len(set(known)) <= 6 else [known.min(), known.max()]
-        return heights, [(float((put(p) - low) / span), f"{p:.4g}") for p in points]
+        ticks = list[tuple[float, str]]()
+        for number in [known.min(), known.max(), *(sorted(set(known)) if len(set(known)) <= 6 else ())]:
+            height = float((put(number) - low) / span)
+            if all(abs(height - other) > LABEL_HEIGHT for other, _ in ticks):
+                ticks.append((height, f"{number:.4g}"))
+        return heights, ticks
     names = list(dict.fromkeys(str(v) for v in values.dropna()))
     place = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
     heights = np.array([place.get(str(v), -0.12) if pd.notna(v) else -0.12 for v in values])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,27 @@ def test_every_kind_is_drawn_twice(tmp_path):
     for path in made["path"]:
         head = Path(path).read_bytes()[:8]
         assert head == b"\x89PNG\r\n\x1a\n" if path.endswith("png") else head == b"<!doctyp"
+
+
+def test_numbers_on_parallel_axes_do_not_overlap():
+    table = pd.DataFrame(
+        {
+            "axis.near": [0.02793, 0.02478, 0.009786, 0.002296, 0.00109],
+            "axis.same": [3.0] * 5,
+            "axis.name": list("abcde"),
+            "mean": [0.1, 0.2, 0.3, 0.4, 0.5],
+        }
+    )
+    figure = landscapes.parallel_coordinates(table, ["axis.near", "axis.same", "axis.name"], "acc")
+    figure.canvas.draw()
+    boxes: dict[float, list] = {}
+    for text in figure.axes[0].texts:
+        boxes.setdefault(text.get_position()[0], []).append((text.get_text(), text.get_window_extent()))
+    assert [len(on_axis) for on_axis in boxes.values()] == [4, 1, 5, 5]
+    for on_axis in boxes.values():
+        low_to_high = sorted((box.y0, box.y1, name) for name, box in on_axis)
+        for below, above in pairwise(low_to_high):
+            assert below[1] <= above[0], (below, above)
 
 
 def test_curves_show_the_means_and_end_where_the_scheduler_stopped(tmp_path):
