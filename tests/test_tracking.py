@@ -374,7 +374,7 @@ def test_a_database_of_another_version_of_mlflow_is_named_as_such(undisturbed, u
     monkeypatch.setattr(tuning.sync, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(tuning.sync.Away) as away:
         tuning.sync.deliver(folder)
-    assert "`mlflow db upgrade URI` has to change it: everything is on disk" in str(away.value)
+    assert f"`mlflow db upgrade sqlite:///{tmp_path}/mlflow.db` has to change it: everything is on" in str(away.value)
 
 
 # --- what can wait ---

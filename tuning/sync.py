@@ -21,7 +21,7 @@ from tuning.journal_check import checked
 from tuning.locks import Taken, held
 from tuning.names import checked_name
 from tuning.plain import load_checked
-from tuning.secrets import RedactingFormatter
+from tuning.secrets import RedactingFormatter, redact, tracking_uri
 
 FOLLOW_SECONDS = 2.0
 PATIENCE_SECONDS = 20.0
@@ -108,7 +108,7 @@ def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = Non
             tracker = None
             if (over or _finished(folder)) and time.monotonic() - away_since > PATIENCE_SECONDS:
                 raise Away(
-                    f"{_what_is_wrong(error)}: everything is on disk, "
+                    f"{_what_is_wrong(error, folder)}: everything is on disk, "
                     f"`python -m tuning.sync {folder.name} --storage {storage or folder.parent}` delivers it later"
                 ) from error
         if over:
@@ -117,9 +117,12 @@ def deliver(folder: Path, follow: int = 0, look: Callable[[], Path] | None = Non
             over = not _wait(FOLLOW_SECONDS) or not _alive(follow)
 
 
-def _what_is_wrong(error: Exception) -> str:
+def _what_is_wrong(error: Exception, folder: Path) -> str:
     if "out-of-date database schema" in str(error):
-        return "the MLflow database was made by another version of MLflow, and `mlflow db upgrade URI` has to change it"
+        uri = redact(tracking_uri(folder, load_checked(folder)))
+        return (
+            f"the MLflow database was made by another version of MLflow, and `mlflow db upgrade {uri}` has to change it"
+        )
     return f"MLflow could not be reached ({type(error).__name__})"
 
 
