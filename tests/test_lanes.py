@@ -21,6 +21,7 @@ from lanes.stacked import TAKEN_TOGETHER, StackedEngine
 from lanes.states import leaves, tree_map
 from tests.families import CASES, arrays_of, build_case
 from trainables.family import dtype_of
+from tuning.checkpoints import CheckpointStore
 
 STEPS = 50
 TOLERANCE = 1e-9
@@ -68,6 +69,11 @@ def assert_same_state(a, b, tolerance: float) -> None:
     tree_map(check, a, b)
 
 
+def shape_of(tree) -> list:
+    """Names, as deep as they go, in their order: a compiled step takes states of one shape only."""
+    return [(name, shape_of(inner)) for name, inner in tree.items()] if isinstance(tree, dict) else []
+
+
 def steps_for(family, program) -> int:
     return min(STEPS, family.schedule(program).steps)
 
@@ -100,7 +106,8 @@ def test_lane_equals_serial_beside_any_neighbours(case):
 
 
 @pytest.mark.parametrize("engine_class", [SerialEngine, StackedEngine], ids=["serial", "stacked"])
-def test_restored_lane_continues_bit_for_bit(case, engine_class):
+def test_restored_lane_continues_bit_for_bit(case, engine_class, tmp_path):
+    """From disk, the first lane of its engine: nothing but the checkpoint says what a state is made of."""
     family, program, hyper, arrays = case
     steps = steps_for(family, program)
     engine = engine_class(family, program, arrays)
@@ -109,10 +116,13 @@ def test_restored_lane_continues_bit_for_bit(case, engine_class):
     run(engine, cut)
     # as a snapshot lies: products of what lies otherwise round otherwise, though not on every processor
     assert all(tensor.is_contiguous() for tensor in leaves(engine._states))
-    snapshot = engine.state("me")
+    CheckpointStore(tmp_path).save("me", cut, engine.state("me"), {})
     expected = run(engine, steps - cut)
+    found = CheckpointStore(tmp_path).load("me")
+    assert found is not None
     again = engine_class(family, program, arrays)
-    again.insert("me", hyper, 5, state=snapshot)
+    again.insert("me", hyper, 5, state=found[0])
+    assert shape_of(again.state("me")) == shape_of(engine.state("me"))
     actual = run(again, steps - cut)
     for name, curve in expected["me"].items():
         np.testing.assert_array_equal(actual["me"][name], curve, err_msg=name)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from tests.test_command_line import plan_of
-from tuning.checkpoints import CheckpointStore
+from tuning.checkpoints import CheckpointStore, _checksum
 from tuning.curves import CurveWriter, metadata
 from tuning.journal import Journal, read
 from tuning.progress import Progress
@@ -98,6 +98,49 @@ def test_checkpoints_come_back_bit_for_bit_and_two_are_kept(tmp_path):
     assert store.load("other") is None
     store.discard("run")
     assert store.load("run") is None
+
+
+def test_a_state_keeps_the_order_of_its_names_and_what_is_empty_in_it(tmp_path):
+    """Some methods keep no statistics; a program compiled for states of one order is compiled again for another."""
+    one = {
+        "z": torch.tensor(1.0),
+        "none": {},
+        "inner": {"b": torch.tensor(2), "none": {"none": {}}, "a": torch.ones(3)},
+    }
+    store = CheckpointStore(tmp_path)
+    store.save("run", 5, {**one, "a": torch.zeros(1, dtype=torch.float16)}, {})
+    assert store.copy("run", 5, "copy")
+    for key in ("run", "copy"):
+        loaded, _ = store.load(key)
+        assert list(loaded) == ["z", "none", "inner", "a"]
+        assert list(loaded["inner"]) == ["b", "none", "a"]
+        assert loaded["none"] == {}
+        assert loaded["inner"]["none"] == {"none": {}}
+        assert torch.equal(loaded["inner"]["a"], torch.ones(3))
+
+
+def test_a_checkpoint_of_before_names_were_kept_is_read(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save("run", 5, state(5.0), {"step": 5})
+    path = tmp_path / "run" / f"{5:012d}.json"
+    plain = json.loads(path.read_text())
+    del plain["names"], plain["check"]
+    path.write_text(json.dumps(plain | {"check": _checksum(plain)}))
+    loaded, _ = store.load("run")
+    assert torch.equal(loaded["params"]["w/a.b"], state(5.0)["params"]["w/a.b"])
+
+
+@pytest.mark.parametrize("names", [["step"], ["step", "params::mask", "params::w/a.b", "more"], [1], {"step": 1}])
+def test_a_checkpoint_whose_names_are_not_its_tensors_is_passed_over(tmp_path, caplog, names):
+    store = CheckpointStore(tmp_path)
+    store.save("run", 5, state(5.0), {"step": 5})
+    store.save("run", 10, state(10.0), {"step": 10})
+    path = tmp_path / "run" / f"{10:012d}.json"
+    plain = json.loads(path.read_text()) | {"names": names}
+    del plain["check"]
+    path.write_text(json.dumps(plain | {"check": _checksum(plain)}))
+    assert store.load("run")[1] == {"step": 5}
+    assert "falling back" in caplog.text
 
 
 def test_no_room_for_a_checkpoint_is_a_fault_of_the_storage(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class CheckpointStore:
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "sha256": hashlib.sha256(data).hexdigest(),
+            "names": list(names_of(state)),
             "extra": dict(extra),
         }
         plain["check"] = _checksum(plain)
@@ -100,7 +101,7 @@ class CheckpointStore:
         import safetensors.torch
 
         data, plain = self._whole(name)
-        return unflatten(safetensors.torch.load(data)), plain["extra"]
+        return unflatten(safetensors.torch.load(data), plain.get("names")), plain["extra"]
 
     def _whole(self, name: str) -> tuple[bytes, dict[str, Any]]:
         """A pair as it was written, its JSON without the checksum. Raises ValueError, or what reading raises, where it
@@ -116,7 +117,8 @@ class CheckpointStore:
         data = self._store.read(f"{name}.safetensors")
         if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
             raise ValueError("the tensors do not match their checksum")
-        if not isinstance(plain.get("extra"), dict):
+        names = plain.get("names", [])
+        if not isinstance(plain.get("extra"), dict) or not isinstance(names, list) or not all(map(_is_text, names)):
             raise ValueError("its JSON is not what a checkpoint holds")
         plain["schema_version"] = SCHEMA_VERSION
         return data, plain
@@ -140,6 +142,10 @@ def _serialized(tensors: dict[str, torch.Tensor]) -> bytes:
         return path.read_bytes()
 
 
+def _is_text(thing: Any) -> bool:
+    return isinstance(thing, str)
+
+
 def _checksum(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -155,13 +161,30 @@ def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
             yield f"{prefix}{name}", value
 
 
-def unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+def names_of(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The paths in a state's own order, which a safetensors file does not keep and a compiled step asks for; dicts that
+    hold nothing among them, of which such a file knows nothing: their paths end with SEPARATOR."""
+    for name, value in state.items():
+        if not isinstance(value, Mapping):
+            yield f"{prefix}{name}"
+        elif value:
+            yield from names_of(value, f"{prefix}{name}{SEPARATOR}")
+        else:
+            yield f"{prefix}{name}{SEPARATOR}"
+
+
+def unflatten(tensors: Mapping[str, torch.Tensor], names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The inverse of `flatten`, in the order of `names_of`; without names (checkpoints before they had them) in that of
+    the tensors. Raises ValueError where the two do not name the same."""
+    names = list(tensors) if names is None else names
+    if {name for name in names if not name.endswith(SEPARATOR)} != tensors.keys():
+        raise ValueError("its names are not those of its tensors")
     state: dict[str, Any] = {}
-    for path, tensor in tensors.items():
+    for path in names:
         *parents, name = path.split(SEPARATOR)
         inner = state
         for parent in parents:
             inner = inner.setdefault(parent, {})
-        inner[name] = tensor
+        if name:
+            inner[name] = tensors[path]
     return state
