@@ -9,11 +9,14 @@ import math
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import termios
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -85,32 +88,60 @@ def test_a_whole_sweep_prints_what_was_promised(undisturbed):
     assert str(undisturbed.folder.name) in undisturbed.out.splitlines()[-1]
 
 
-def test_a_terminal_shows_the_same_and_nothing_of_what_libraries_say(tmp_path):
+def on_terminal(storage: Path, *arguments: str, interrupt: Sequence[str] = ()) -> tuple[int, str]:
+    """A sweep of the toy on a terminal of 80 columns: its exit code, and all that was drawn.
+
+    interrupt: what is waited for on the screen before each Ctrl-C.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "tests.toys.tune_toy", "grid", "--trials", "2", "--engine", "serial"]
+    command = [sys.executable, "-m", "tests.toys.tune_toy", "grid", "--engine", "serial", *arguments]
+    drawn, waited_for = b"", list(interrupt)
     with tempfile.TemporaryDirectory(prefix="lw") as ray:  # short: Ray's sockets live below it
         process = subprocess.Popen(
-            [*command, "--storage", str(tmp_path), "--name", "drawn"],
+            [*command, "--storage", str(storage), "--name", "drawn"],
             **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
             cwd=ROOT,
             env={**os.environ, "LANEWISE_RAY_TEMP": ray},
+            start_new_session=True,
         )
         os.close(theirs)
-        drawn = b""
         with contextlib.suppress(OSError):  # nobody has the terminal open any more
             while chunk := os.read(ours, 65536):
                 drawn += chunk
+                if waited_for and waited_for[0].encode() in drawn:
+                    waited_for.pop(0)
+                    process.send_signal(signal.SIGINT)
         os.close(ours)
-        assert process.wait() == 0, drawn.decode()
+        code = process.wait()
+    assert not waited_for, drawn.decode()
+    return code, drawn.decode()
+
+
+def lines_of(drawn: str) -> list[str]:
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+def test_a_terminal_shows_the_same_and_nothing_of_what_libraries_say(tmp_path):
+    code, drawn = on_terminal(tmp_path, "--trials", "2")
+    assert code == 0, drawn
     assert "authentication" in (tmp_path / "drawn" / "log.txt").read_text(), "Ray does say something"
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    lines = lines_of(drawn)
     head = next(i for i, line in enumerate(lines) if line.startswith("config "))
     assert {line for line in lines[:head] if " done · " not in line and " ... " not in line} == set()
     assert any("2/2 done" in line for line in lines[:head])
     assert [line.split()[0] for line in lines[head + 1 :]] == ["lr=0.3", "lr=0.1", "report", "MLflow", "resume"]
     assert max(map(len, lines[: head + 3])) <= 80
+
+
+def test_a_terminal_is_left_in_order_by_ctrl_c_twice(tmp_path):
+    code, drawn = on_terminal(tmp_path, "--set", "epochs=2187", interrupt=[" done · ", "stopping: "])
+    assert code == 130, drawn
+    said = [line for line in lines_of(drawn) if "stop" in line]
+    assert said[0] == "stopping: checkpoints, then the report; once more to stop now"
+    assert said[-1].startswith("stopped at once; continue with: python tune_toy.py --resume drawn")
+    assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l"), "the cursor is shown again"
 
 
 def test_a_whole_sweep_leaves_one_story(undisturbed):

@@ -342,9 +342,11 @@ def _import_libraries(searcher: str) -> None:
 
 
 def _say(descriptor: int, line: str) -> None:
-    """A line to a file descriptor; also from within a signal's handler."""
+    """A line to a file descriptor; also from within a signal's handler. On a terminal in place of the live line, and
+    with the cursor, which that hides: it may be the last."""
+    place = "\r\x1b[K\x1b[?25h" if os.isatty(descriptor) else ""
     with contextlib.suppress(OSError):
-        os.write(descriptor, f"{line}\n".encode())
+        os.write(descriptor, f"{place}{line}\n".encode())
 
 
 def _beside_the_driver() -> Any:
