@@ -10,7 +10,7 @@ from tests.families import FAMILIES
 from tests.toy_sweeps import Process, Swept
 
 SHIPPED = [name for name in FAMILIES if not name.startswith("tests.")]
-SHORT = ("--trials", "4", "--seeds", "2", "--searcher", "random", "--scheduler", "none", "--engine")
+SHORT = ("--trials", "3", "--seeds", "2", "--searcher", "random", "--scheduler", "none", "--engine")
 
 
 def in_training(swept: Process, least: int) -> bool:
