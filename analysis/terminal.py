@@ -13,8 +13,6 @@ from rich.text import Text
 
 from analysis.figures import rounded
 
-TEXT_WIDTH = 20
-"""Characters that a text column has at least, where it is longer; the rest goes on in the next line."""
 GAP = 2
 
 
@@ -54,7 +52,8 @@ def _parts(
     for i, column in enumerate(wide):  # texts give way first
         if not _numeric(frame.iloc[:, i]):
             share = room // (2 * keys) - GAP if i < keys else room // 2
-            wide[i] = min(column, max(TEXT_WIDTH, share))
+            words = [word for cell in cells[i] for word in cell.split()]  # a number in a label is not broken, either
+            wide[i] = min(column, max([share, cell_len(str(frame.columns[i])), *map(cell_len, words)]))
     first = list(enumerate(wide))[:keys]
     part, used = list(first), sum(width + GAP for _, width in first)
     for i, width in list(enumerate(wide))[keys:]:

@@ -20,8 +20,6 @@ from tuning.progress import clock
 from tuning.race import ALPHA
 from tuning.sweep import SweepPlan
 
-LABEL_WIDTH = 20
-"""Characters that the configs' labels have at least; longer ones go on in the next line."""
 ROOMY = 100
 """Columns of a terminal from which on the search's table has its costs, too."""
 
@@ -66,12 +64,13 @@ def _headed(console: Console, heading: str, table: Table) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """On a narrow terminal the labels in the first column wrap. No figure is ever cut: where even that is not enough,
-    lines run over the edge."""
+    """On a narrow terminal the labels in the first column wrap between words. No figure is ever cut: where even that
+    is not enough, lines run over the edge."""
     natural = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    labels = max(cell_len(str(cell)) for cell in (table.columns[0].header, *table.columns[0].cells))
     if natural > console.width:
-        table.width = max(console.width, natural - max(0, labels - LABEL_WIDTH))
+        labels = [str(cell) for cell in (table.columns[0].header, *table.columns[0].cells)]
+        longest_word = max(cell_len(word) for label in labels for word in label.split())
+        table.width = max(console.width, natural - max(map(cell_len, labels)) + longest_word)
     console.print(table, crop=False)
 
 
