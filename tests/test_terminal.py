@@ -74,6 +74,22 @@ def test_the_live_line_shows_the_time_to_finish_in_80_columns(tmp_path):
     assert "best test_acc_last 0.9" in line
 
 
+def test_a_resumed_sweep_reckons_the_time_to_finish_from_its_own_session(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tuning.progress.time.monotonic", lambda: now[0])
+    progress = Progress(None, 20, "loss", "min")
+    progress.apply({"event": "begin"})
+    for number in range(10):  # replayed in no time
+        progress.apply({"event": "proposed", "trial": f"t{number}", "label": ""})
+        progress.apply({"event": "end", "trial": f"t{number}", "stop_reason": "finished"})
+    progress.apply({"event": "begin"})
+    progress.apply({"event": "proposed", "trial": "new", "label": ""})
+    now[0] = 30.0
+    assert progress.line().plain == "10/20 done · 1 running · 0 pruned · 30s · time to finish: measuring"
+    progress.apply({"event": "end", "trial": "new", "stop_reason": "finished"})
+    assert progress.line().plain == "11/20 done · 0 running · 0 pruned · 30s · 4m30s to finish"
+
+
 FRAME = pd.DataFrame(
     {
         "arm": [LABELS[0], "[b]"],

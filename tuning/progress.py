@@ -34,6 +34,7 @@ class Progress:
         self._later: set[str] = set()  # trials that came after the search: no part of "best so far"
         self._stage = ""
         self._ended: dict[str, int] = {}
+        self._ended_before = 0  # in sessions before this one, which tell nothing of how long the rest takes
         self._best: dict[float, tuple[float, str]] = {}  # progress -> best value there, and whose
         self._labels: dict[str, str] = {}
         self._started = time.monotonic()
@@ -72,7 +73,9 @@ class Progress:
     def apply(self, event: Event) -> None:
         """Follow the journal."""
         trial = event.get("trial", "")
-        if event["event"] == "race":
+        if event["event"] == "begin":
+            self._ended_before, self._first_work = sum(self._ended.values()), None
+        elif event["event"] == "race":
             self._stage = f"race, {len(event['alive'])} left"
         elif event["event"] == "confirm":
             self._stage = "confirming"
@@ -142,10 +145,11 @@ class Progress:
 
     def _eta(self) -> str:
         done = sum(self._ended.values())
-        if not done or self._first_work is None:
+        here = done - self._ended_before
+        if here <= 0 or self._first_work is None:
             return "time to finish: measuring"
         partly = sum(self._running.values()) * 0.5  # a running config may still be pruned
-        rate = (done + partly) / (time.monotonic() - self._first_work)
+        rate = (here + partly) / (time.monotonic() - self._first_work)
         return f"{clock((self._budget - done - partly) / rate)} to finish"
 
 
