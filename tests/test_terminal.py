@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -13,8 +14,10 @@ from rich.console import Console, Group
 import analysis.terminal
 from analysis.cli import main
 from tests.test_command_line import plan_of
+from tuning.cli import _shown, print_end
 from tuning.ending import Ended, print_results
 from tuning.progress import Progress
+from tuning.runner import Outcome
 
 LABELS = ["lr=0.005398 l2init l2_init=0.02793", "lr=0.002822 snr_v2 snr_percentile=0.7168", "lr=0.001752 vanilla"]
 
@@ -57,6 +60,27 @@ def test_no_figure_of_the_result_is_cut_on_a_narrow_terminal(tmp_path, width):
     if width >= 80:
         table = [line.rstrip() for line in (*lines[result + 1 : result + 5], *lines[search + 1 :])]
         assert max(map(len, table)) <= width
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason", "line"),
+    [
+        ({"finished": 3, "diverged": 1}, "done", None),
+        ({"crashed": 5}, "too many crashes", None),
+        ({"finished": 1, "oom": 2}, "done", "failed  2 oom; again with: python tune_toy.py --resume s"),
+        ({"crashed": 1, "oom": 2}, "interrupted", "failed  1 crashed, 2 oom (tracebacks in {folder}/errors/); again"),
+    ],
+)
+def test_failed_configs_are_named_at_the_end_with_what_to_do(tmp_path, ended, reason, line):
+    plan = replace(plan_of("grid", storage=tmp_path / ("deep" * 30), name="s"), command=["tune_toy.py", "grid"])
+    file = io.StringIO()
+    print_end(plan, Outcome(ended, reason, "", 0, {}), Console(file=file, width=80))
+    told = file.getvalue().splitlines()
+    assert [text.split()[0] for text in told[1:4]] == ["report", "MLflow", "resume"], "each whole, however long"
+    assert len(told) == (4 if line is None else 5)
+    if line is not None:
+        assert told[4].startswith(line.format(folder=_shown(plan.folder)))
+        assert told[4].endswith(" --retry failed")
 
 
 def test_the_live_line_shows_the_time_to_finish_in_80_columns(tmp_path):

@@ -425,7 +425,8 @@ def tell_unfinished(plan: SweepPlan) -> None:
 
 
 def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
-    """The three lines: where the report is, how to open MLflow, how to resume."""
+    """The three lines: where the report is, how to open MLflow, how to resume. A fourth, where configs failed: why is
+    where, and how to run them again."""
     uri = plan.tracking_uri or f"sqlite:///{_read_folder(plan) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
         command = f"mlflow ui --backend-store-uri sqlite:///{_shown(Path(uri.removeprefix('sqlite:///')))}"
@@ -436,6 +437,12 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     if plan.bucket:
         lines.append(("", f"{plan.bucket}/{page}"))
     lines += [("MLflow", command), ("resume", _resume_command(plan))]
+    failed = {reason: outcome.ended.get(reason, 0) for reason in ("crashed", "oom")}
+    if any(failed.values()) and outcome.reason != "too many crashes":  # which says so itself
+        errors = f"{plan.bucket}/{plan.name}/errors" if plan.bucket else _shown(plan.folder / "errors")
+        counts = ", ".join(f"{count} {reason}" for reason, count in failed.items() if count)
+        why = f" (tracebacks in {errors}/)" if failed["crashed"] else ""
+        lines.append(("failed", f"{counts}{why}; again with: {_resume_command(plan)} --retry failed"))
     console.print()
     for name, text in lines:  # whole on any terminal: they are copied
         console.print(Text(f"{name:<6}  {text}"), soft_wrap=True)
