@@ -158,6 +158,8 @@ def still_improving(patient: Patient) -> Card | None:
     evidence = f"{metric} of {best['label']} gained {rounded(float(gain.mean()))} from 75% to the end of its epochs"
     if p < 0.05 and gain.mean() > 0 and share > 0.02:
         return Card("WARN", "still improving", f"{evidence} (p={p:.2g})", "train longer, or judge at equal epochs")
+    if p >= 0.05 and share > 0.02:
+        return Card("PASS", "still improving", f"{evidence}, no more than its seeds' noise (p={p:.2g}, n={len(gain)})")
     return Card("PASS", "still improving", f"{evidence}, {share:.1%} of all it learned")
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -209,6 +210,19 @@ def test_best_at_the_edge(tmp_path):
 def test_still_improving(tmp_path):
     write_sweep(tmp_path, [replace(arm, tau=20.0) for arm in lr_arms()], epochs=20)
     assert card(tmp_path, "still improving")["status"] == "WARN"
+
+
+def test_a_gain_that_noise_explains_is_said_to_be_one(tmp_path):
+    """Two seeds of eight epochs, one of which dips at the epoch that the last is compared with."""
+    write_sweep(tmp_path, [replace(arm, tau=0.1, sd=0.0) for arm in lr_arms()], seeds=2, epochs=8)
+    for path in (tmp_path / "demo" / "epochs").glob("*.parquet"):
+        table = pd.read_parquet(path)
+        schema = pq.read_schema(path)
+        table.loc[(table.epoch == 6) & (table.seed == 1), "test_acc"] -= 0.3
+        pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), path)
+    found = card(tmp_path, "still improving")
+    assert found["status"] == "PASS"
+    assert re.search(r"gained 0\.1\d* .* no more than its seeds' noise \(p=0\.\d+, n=2\)", found["evidence"])
 
 
 def test_early_ranks_that_mislead(tmp_path):
