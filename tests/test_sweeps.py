@@ -15,14 +15,16 @@ import subprocess
 import sys
 import tempfile
 import termios
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
-from tests.toy_sweeps import ROOT, UNDISTURBED, Swept, sweep
+from tests.toy_sweeps import ROOT, UNDISTURBED, Process, Swept, sweep
 
 FINISHED_COLUMNS = ("config", "test_loss", "± sd", "seeds", "epochs", "stop reason", "device time")
 
@@ -142,6 +144,22 @@ def test_a_terminal_is_left_in_order_by_ctrl_c_twice(tmp_path):
     assert said[0] == "stopping: checkpoints, then the report; once more to stop now"
     assert said[-1].startswith("stopped at once; continue with: python tune_toy.py --resume drawn")
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+@pytest.mark.heavy
+def test_two_sweeps_that_begin_at_once_in_one_new_storage_are_both_whole(tmp_path, undisturbed):
+    """From two terminals: neither MLflow's database nor its experiment is there yet."""
+    both = [Process(tmp_path, name, *UNDISTURBED) for name in ("left", "right")]
+    client = None
+    for process in both:
+        swept = process.wait()
+        assert swept.code == 0, swept.err + swept.log
+        assert list(swept.runs["final.test_loss"]) == list(undisturbed.runs["final.test_loss"])
+        client = client or MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        (experiment,) = [e for e in client.search_experiments() if e.name.startswith("tests.toys")]
+        runs = client.search_runs([experiment.experiment_id], f"tags.sweep = '{process.name}'", max_results=1000)
+        kinds = Counter((run.data.tags["kind"], run.info.status) for run in runs)
+        assert kinds == {("sweep", "FINISHED"): 1, ("config", "FINISHED"): 6, ("run", "FINISHED"): 12}
 
 
 def test_a_whole_sweep_leaves_one_story(undisturbed):
