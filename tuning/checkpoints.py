@@ -36,12 +36,14 @@ class CheckpointStore:
 
     def save(self, run_key: str, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write atomically: tensors, then the JSON that vouches for them; then drop all but the newest KEPT pairs."""
-        data = _serialized({name: tensor.contiguous().cpu() for name, tensor in flatten(state)})
+        # a safetensors file keeps neither the order, which a compiled step asks for, nor what is empty: the JSON does
+        flat = dict(flatten(state))
+        data = _serialized({name: tensor.contiguous().cpu() for name, tensor in flat.items() if tensor is not None})
         plain = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "sha256": hashlib.sha256(data).hexdigest(),
-            "names": list(names_of(state)),
+            "names": list(flat),
             "extra": dict(extra),
         }
         plain["check"] = _checksum(plain)
@@ -118,7 +120,8 @@ class CheckpointStore:
         if hashlib.sha256(data).hexdigest() != plain.get("sha256"):
             raise ValueError("the tensors do not match their checksum")
         names = plain.get("names", [])
-        if not isinstance(plain.get("extra"), dict) or not isinstance(names, list) or not all(map(_is_text, names)):
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not named or not isinstance(plain.get("extra"), dict):
             raise ValueError("its JSON is not what a checkpoint holds")
         plain["schema_version"] = SCHEMA_VERSION
         return data, plain
@@ -142,40 +145,27 @@ def _serialized(tensors: dict[str, torch.Tensor]) -> bytes:
         return path.read_bytes()
 
 
-def _is_text(thing: Any) -> bool:
-    return isinstance(thing, str)
-
-
 def _checksum(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Nested dict of tensors -> (path joined by SEPARATOR, tensor) pairs."""
+def flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Nested dict of tensors -> (path joined by SEPARATOR, tensor) pairs in its order. A dict that holds nothing is a
+    path that ends with SEPARATOR, and None."""
     for name, value in state.items():
         if SEPARATOR in name:
             raise ValueError(f"a state's names must not contain '{SEPARATOR}': {prefix}{name}")
-        if isinstance(value, Mapping):
+        if not isinstance(value, Mapping):
+            yield f"{prefix}{name}", value
+        elif value:
             yield from flatten(value, f"{prefix}{name}{SEPARATOR}")
         else:
-            yield f"{prefix}{name}", value
-
-
-def names_of(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The paths in a state's own order, which a safetensors file does not keep and a compiled step asks for; dicts that
-    hold nothing among them, of which such a file knows nothing: their paths end with SEPARATOR."""
-    for name, value in state.items():
-        if not isinstance(value, Mapping):
-            yield f"{prefix}{name}"
-        elif value:
-            yield from names_of(value, f"{prefix}{name}{SEPARATOR}")
-        else:
-            yield f"{prefix}{name}{SEPARATOR}"
+            yield f"{prefix}{name}{SEPARATOR}", None
 
 
 def unflatten(tensors: Mapping[str, torch.Tensor], names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The inverse of `flatten`, in the order of `names_of`; without names (checkpoints before they had them) in that of
-    the tensors. Raises ValueError where the two do not name the same."""
+    """The inverse of `flatten`, in the order of its names; without them (older checkpoints have none) in that of the
+    tensors. Raises ValueError where the two do not name the same."""
     names = list(tensors) if names is None else names
     if {name for name in names if not name.endswith(SEPARATOR)} != tensors.keys():
         raise ValueError("its names are not those of its tensors")
