@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainables.files import write_atomically
 from tuning.locks import Taken, held
+from tuning.uris import sqlite_path
 
 LOOK_SECONDS = 0.2
 
@@ -34,9 +35,8 @@ def make_database(uri: str) -> None:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of an SQLite URI; None of any other."""
-    scheme, _, rest = uri.partition(":///")
-    file = rest.partition("?")[0]
-    return Path(file) if scheme.partition("+")[0] == "sqlite" and file and file != ":memory:" else None
+    scheme, file = uri.partition(":")[0].partition("+")[0], sqlite_path(uri)
+    return Path(file) if scheme == "sqlite" and file not in ("", ":memory:") else None
 
 
 def _there(path: Path) -> bool:

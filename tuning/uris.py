@@ -48,7 +48,7 @@ def check_uri(uri: str, storage: Path | None, what: str = "") -> None:
 
 
 def _check_sqlite(what: str, uri: str, storage: Path | None) -> None:
-    path = uri.partition(":///")[2].partition("?")[0]
+    path = sqlite_path(uri)
     if not path:
         raise BadValue(f"{what} names no file; it should look like sqlite:///FILE, or sqlite:////FILE from the root")
     file = Path(path)
@@ -59,6 +59,11 @@ def _check_sqlite(what: str, uri: str, storage: Path | None) -> None:
             raise BadValue(f"{what}: the folder {file.parent} does not exist")
     except OSError as error:
         raise BadValue(f"{what} cannot be a file: {error.strerror}") from None
+
+
+def sqlite_path(uri: str) -> str:
+    """What an SQLite URI names as its file; "" where it names none."""
+    return uri.partition(":///")[2].partition("?")[0]
 
 
 def _check_database(what: str, parts: SplitResult, driver: str) -> None:
