@@ -9,11 +9,7 @@ import math
 import os
 import pty
 import re
-import signal
 import struct
-import subprocess
-import sys
-import tempfile
 import termios
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +20,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from tests.toy_sweeps import ROOT, UNDISTURBED, Process, Swept, sweep
+from tests.toy_sweeps import UNDISTURBED, Process, Swept, sweep
 
 FINISHED_COLUMNS = ("config", "test_loss", "± sd", "seeds", "epochs", "stop reason", "device time")
 
@@ -97,27 +93,19 @@ def on_terminal(storage: Path, *arguments: str, interrupt: Sequence[str] = ()) -
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "tests.toys.tune_toy", "grid", "--engine", "serial", *arguments]
+    process = Process(storage, "drawn", "grid", "--engine", "serial", *arguments, terminal=theirs)
+    os.close(theirs)
     drawn, waited_for = b"", list(interrupt)
-    with tempfile.TemporaryDirectory(prefix="lw") as ray:  # short: Ray's sockets live below it
-        process = subprocess.Popen(
-            [*command, "--storage", str(storage), "--name", "drawn"],
-            **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-            cwd=ROOT,
-            env={**os.environ, "LANEWISE_RAY_TEMP": ray},
-            start_new_session=True,
-        )
-        os.close(theirs)
-        with contextlib.suppress(OSError):  # nobody has the terminal open any more
-            while chunk := os.read(ours, 65536):
-                drawn += chunk
-                if waited_for and waited_for[0].encode() in drawn:
-                    waited_for.pop(0)
-                    process.send_signal(signal.SIGINT)
-        os.close(ours)
-        code = process.wait()
+    with contextlib.suppress(OSError):  # nobody has the terminal open any more
+        while chunk := os.read(ours, 65536):
+            drawn += chunk
+            if waited_for and waited_for[0].encode() in drawn:
+                waited_for.pop(0)
+                process.interrupt()
+    os.close(ours)
+    swept = process.wait()
     assert not waited_for, drawn.decode()
-    return code, drawn.decode()
+    return swept.code, drawn.decode()
 
 
 def lines_of(drawn: str) -> list[str]:

@@ -57,7 +57,10 @@ class Swept:
 
 
 class Process:
-    """A tune command in the background, everything it starts marked by its environment."""
+    """A tune command in the background, everything it starts marked by its environment.
+
+    terminal: a descriptor that it gets as its terminal, instead of pipes.
+    """
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Process:
         *arguments: str,
         module: str = "tests.toys.tune_toy",
         environment: Mapping[str, str] = MappingProxyType({}),
+        terminal: int | None = None,
     ):
         self.storage, self.name, self.folder = storage, name, Path(storage) / name
         self._mark = uuid.uuid4().hex
@@ -73,8 +77,9 @@ class Process:
         named = () if "--resume" in arguments else ("--name", name)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, *named, "--storage", str(storage)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
             cwd=ROOT,
             start_new_session=True,
