@@ -14,6 +14,7 @@ from rich.text import Text
 from analysis.figures import rounded
 
 GAP = 2
+"""Blanks that rich puts between two columns."""
 
 
 def show(frame: pd.DataFrame, title: str | None = None, keys: int = 1) -> None:

@@ -83,7 +83,7 @@ def test_failed_configs_are_named_at_the_end_with_what_to_do(tmp_path, ended, re
         assert told[4].endswith(" --retry failed")
 
 
-def test_the_live_line_shows_the_time_to_finish_in_80_columns(tmp_path):
+def test_the_live_line_shows_the_time_to_finish_in_80_columns():
     progress = Progress(None, 20, "test_acc_last", "max")
     for number, label in enumerate(LABELS):
         progress.apply({"event": "proposed", "trial": f"t{number}", "label": label})

@@ -436,13 +436,14 @@ def print_end(plan: SweepPlan, outcome: Outcome, console: Any) -> None:
     lines = [("report", _shown(_read_folder(plan) / page))]
     if plan.bucket:
         lines.append(("", f"{plan.bucket}/{page}"))
-    lines += [("MLflow", command), ("resume", _resume_command(plan))]
+    resume = _resume_command(plan)
+    lines += [("MLflow", command), ("resume", resume)]
     failed = {reason: outcome.ended.get(reason, 0) for reason in ("crashed", "oom")}
     if any(failed.values()) and outcome.reason != "too many crashes":  # which says so itself
         errors = f"{plan.bucket}/{plan.name}/errors" if plan.bucket else _shown(plan.folder / "errors")
         counts = ", ".join(f"{count} {reason}" for reason, count in failed.items() if count)
         why = f" (tracebacks in {errors}/)" if failed["crashed"] else ""
-        lines.append(("failed", f"{counts}{why}; again with: {_resume_command(plan)} --retry failed"))
+        lines.append(("failed", f"{counts}{why}; again with: {resume} --retry failed"))
     console.print()
     for name, text in lines:  # whole on any terminal: they are copied
         console.print(Text(f"{name:<6}  {text}"), soft_wrap=True)

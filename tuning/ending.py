@@ -53,9 +53,11 @@ def print_results(console: Console, plan: SweepPlan, ended: Ended) -> None:
     if ended.look is not None:
         console.print(Text(race_line(ended.look)), soft_wrap=True)
         console.print()
+    search = results_table(ended.rows, plan.metric, mode, cost=console.width >= ROOMY)
     if ended.confirmed is not None:
-        console.print(Text("what was chosen by, in the search:", style="bold"))
-    print_table(console, results_table(ended.rows, plan.metric, mode, cost=console.width >= ROOMY))
+        _headed(console, "what was chosen by, in the search:", search)
+    else:
+        print_table(console, search)
 
 
 def _headed(console: Console, heading: str, table: Table) -> None:
