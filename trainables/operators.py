@@ -18,10 +18,14 @@ from torch.library import CustomOpDef
 from trainables.family import BadValue
 from trainables.files import code_beside
 
+OPERATORS: set[str] = set()
+"""Names of all operators that take lanes, NAMESPACE::NAME. They read tensors of any strides."""
+
 
 def takes_lanes(operator: CustomOpDef) -> None:
     """Register how an operator runs under torch.func.vmap: once, the lane axis joined to the first one of every tensor
     that goes in, [L, N, ...] -> [L * N, ...], and parted from it in every one that comes out."""
+    OPERATORS.add(operator._qualname)
 
     @operator.register_vmap
     def _(info, dims, *args):
