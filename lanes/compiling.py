@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainables.operators import OPERATORS, keep_compiled
+from trainables.operators import keep_compiled, tell_inductor
 
 LONGEST_FUSED_CAT = 64
 """Inductor writes each part of a concatenation of more than 8 by a kernel of its own: hundreds a step, where a net's
@@ -23,11 +23,7 @@ def compile_lanes(
     Programs and lane counts share the engine's code, and every one of them is a compilation of its own: at dynamo's
     usual limit of 8 the ninth would run uncompiled without a word.
     """
-    from torch._inductor.lowering import FALLBACK_ALLOW_LIST  # seconds, and only who compiles needs it
-
-    # PyTorch 2.11 writes an operator not named there to a log when it first meets it, read or not, with all that its
-    # arguments are made of: of operators that give two results to the next, twice as much for each.
-    FALLBACK_ALLOW_LIST.update(OPERATORS)
+    tell_inductor()
     for name in ("_enter_autocast", "_exit_autocast"):
         # their arguments say all there is to know of them, as later versions of PyTorch hold (pytorch/pytorch 191106)
         keep_compiled(f"torch.amp.autocast_mode.{name}", torch.__version__)

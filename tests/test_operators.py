@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from lanes.compiling import compile_lanes
 from tests.families import FAMILIES, arrays_of, build_case
 from trainables.family import load_family
-from trainables.operators import OPERATORS, compiled_ahead, kept, launch
+from trainables.operators import OPERATORS, compiled_ahead, kept, launch, takes_lanes
 from trainables.snn_delays.neurons import lif
 
 
@@ -45,14 +45,18 @@ def a_gpu(monkeypatch):
 def test_no_operator_is_written_out_for_a_log(caplog):
     """PyTorch 2.11 does so for one that it was not told of, which takes minutes where twelve blocks of them follow."""
 
-    def two(tensor):
-        return lif(tensor, torch.tensor(0.5), torch.tensor(2.0)) + kept(tensor)
-
     x = torch.rand(2, 3, 4, 5)
     with torch._inductor.config.patch(force_disable_caches=True), caplog.at_level("INFO", "torch._inductor.graph"):
-        compiled = compile_lanes(two)
-        assert torch.equal(compiled(x), two(x))
-    assert {"lanewise::lif_forward", "lanewise::kept"} <= OPERATORS
+        compiled = compile_lanes(lambda tensor: lif(tensor, torch.tensor(0.5), torch.tensor(2.0)) + late(kept(tensor)))
+
+        @torch.library.custom_op("lanewise::test_late", mutates_args=())  # of a module that a step imports
+        def late(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + 1
+
+        late.register_fake(torch.empty_like)
+        takes_lanes(late)
+        assert torch.equal(compiled(x), lif(x, torch.tensor(0.5), torch.tensor(2.0)) + x + 1)
+    assert {"lanewise::lif_forward", "lanewise::kept", "lanewise::test_late"} <= OPERATORS
     assert not [record for record in caplog.records if "implicit fallback" in record.message]
 
 

@@ -4,6 +4,7 @@ said without Triton."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ def takes_lanes(operator: CustomOpDef) -> None:
     """Register how an operator runs under torch.func.vmap: once, the lane axis joined to the first one of every tensor
     that goes in, [L, N, ...] -> [L * N, ...], and parted from it in every one that comes out."""
     OPERATORS.add(operator._qualname)
+    if "torch._inductor.lowering" in sys.modules:  # families import what they compute with when it is first needed
+        tell_inductor()
 
     @operator.register_vmap
     def _(info, dims, *args):
@@ -37,6 +40,17 @@ def takes_lanes(operator: CustomOpDef) -> None:
         if isinstance(found, Tensor):
             return found.unflatten(0, (lanes, -1)), 0
         return tuple(one.unflatten(0, (lanes, -1)) for one in found), (0,) * len(found)
+
+
+def tell_inductor() -> None:
+    """Name the operators to torch.compile, those of modules that are imported later too.
+
+    PyTorch 2.11 writes an operator that was not named to it to a log when it first meets it, read or not, with all that
+    its arguments are made of: of operators that give two results to the next, twice as much for each.
+    """
+    from torch._inductor.lowering import FALLBACK_ALLOW_LIST  # seconds, and only who compiles needs it
+
+    FALLBACK_ALLOW_LIST.update(OPERATORS)
 
 
 @torch.library.custom_op("lanewise::kept", mutates_args=())
