@@ -91,16 +91,17 @@ def _(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("lanewise::attention_backward", mutates_args=())
-def attention_backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
-    """Gradient with respect to qkv [N, S, 3, H, D] from that with respect to the result [N, S, H, D].
+def attention_backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to qkv [N, S, 3, H, D] and bias [G, 3, H, D] from that with respect to the result
+    [N, S, H, D].
 
     With p = exp(scores - lse):  dv = p^T g,  dp = g v^T,  ds = p (dp - sum over keys of p dp),
-    dq = ds k / sqrt(D),  dk = ds^T q / sqrt(D).
+    dq = ds k / sqrt(D),  dk = ds^T q / sqrt(D); and of bias the sums over a group's samples and positions.
     """
     return backward_formula(grad, qkv, bias, lse)
 
 
-def backward_formula(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
+def backward_formula(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """`attention_backward` on any device."""
     q, k, v = _biased(qkv, bias)
     g = grad.transpose(1, 2)
@@ -108,12 +109,13 @@ def backward_formula(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Te
     dp = _wide(g @ v.transpose(-1, -2))
     ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
     slopes = torch.stack([ds @ k, ds.transpose(-1, -2) @ q, p.to(q.dtype).transpose(-1, -2) @ g])
-    return slopes.permute(1, 3, 0, 2, 4).contiguous()
+    slope = slopes.permute(1, 3, 0, 2, 4).contiguous()
+    return slope, slope.unflatten(0, (len(bias), -1)).to(bias.dtype).sum((1, 2))
 
 
 @attention_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+def _(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 
 def _biased(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +139,7 @@ def _(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @attention_backward.register_kernel("cuda")
-def _(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
+def _(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return gpu_kernel().backward(grad, qkv, bias, lse)
 
 
@@ -190,9 +192,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         qkv, bias, lse = ctx.saved_tensors
-        slope = attention_backward(grad.detach(), qkv.detach(), bias.detach(), lse.detach())
-        by_group = slope.reshape(len(bias), -1, *bias.shape[1:])
-        return slope, by_group.to(bias.dtype).sum(1)
+        return attention_backward(grad.detach(), qkv.detach(), bias.detach(), lse.detach())
 
 
 @in_graph

@@ -49,7 +49,7 @@ def backward_blocks(width: int) -> Blocks:
     """Of the backward kernel, by the padded width of a head."""
     if width <= 16:
         return Blocks(16, 1, 3)
-    return Blocks(32, 4) if width <= 32 else Blocks(32, 2, 1)
+    return Blocks(32, 4) if width <= 32 else Blocks(32, 2, 2)
 
 
 @triton.jit
@@ -187,6 +187,7 @@ def _backward(
     bias,
     lse,
     out,
+    parts,
     per_bias,
     scale,
     positions: tl.constexpr,
@@ -199,7 +200,8 @@ def _backward(
 ):
     """Tiles are [keys, queries]: then only one of the five products needs its left side turned.
 
-    A row beyond the last has the log-sum-exp infinity, so that its probabilities and all that it adds are 0.
+    A row beyond the last has the log-sum-exp infinity, so that its probabilities and all that it adds are 0. `parts`
+    are the sums of the three gradients over positions, which are the bias's.
     """
     stride: tl.constexpr = 3 * heads * width
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
@@ -218,6 +220,7 @@ def _backward(
     v0 = _project(v, bv, 0, stride, positions, width, FIRST, WIDTH)
     dk0 = tl.zeros((FIRST, WIDTH), tl.float32)
     dv0 = tl.zeros((FIRST, WIDTH), tl.float32)
+    sum_q = tl.zeros((WIDTH,), tl.float32)
     if REST:
         k1 = _project(k, bk, FIRST, stride, positions, width, REST, WIDTH)
         v1 = _project(v, bv, FIRST, stride, positions, width, REST, WIDTH)
@@ -244,12 +247,21 @@ def _backward(
             dv1 = tl.dot(p1.to(g.dtype), g, dv1, input_precision="ieee")
             dk1 = tl.dot(ds1, rows, dk1, input_precision="ieee")
             slope = tl.dot(tl.trans(ds1), k1, slope, input_precision="ieee")
+        sum_q += tl.sum(slope, 0)
         _write(dq, slope * scale, start, stride, positions, width, ROWS, WIDTH)
     _write(dk, dk0 * scale, 0, stride, positions, width, FIRST, WIDTH)
     _write(dv, dv0, 0, stride, positions, width, FIRST, WIDTH)
+    sum_k, sum_v = tl.sum(dk0, 0), tl.sum(dv0, 0)
     if REST:
+        sum_k += tl.sum(dk1, 0)
+        sum_v += tl.sum(dv1, 0)
         _write(dk, dk1 * scale, FIRST, stride, positions, width, REST, WIDTH)
         _write(dv, dv1, FIRST, stride, positions, width, REST, WIDTH)
+    channel = tl.arange(0, WIDTH)
+    parts += sample * stride + head * width + channel
+    tl.store(parts, sum_q * scale, mask=channel < width)
+    tl.store(parts + heads * width, sum_k * scale, mask=channel < width)
+    tl.store(parts + 2 * heads * width, sum_v, mask=channel < width)
 
 
 def forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,11 +293,12 @@ def forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
+def backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """As `attention.attention_backward`."""
     grad, qkv, bias, lse = (tensor.contiguous() for tensor in (grad, qkv, bias, lse))
     samples, positions, _, heads, width = qkv.shape
     out = torch.empty_like(qkv)
+    parts = bias.new_empty((len(bias), samples // len(bias), 3, heads, width))
     if samples:
         padded, (first, rest) = _padded(width), key_tiles(positions)
         blocks = backward_blocks(padded)
@@ -295,6 +308,7 @@ def backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
             bias,
             lse,
             out,
+            parts,
             samples // len(bias),
             width**-0.5,
             positions,
@@ -307,7 +321,7 @@ def backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> Tensor:
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-    return out
+    return out, parts.sum(1)
 
 
 def _padded(width: int) -> int:

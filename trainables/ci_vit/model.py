@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables import draws
-from trainables.ci_vit import attention, mlp
+from trainables.ci_vit import attention, mlp, residual
 from trainables.ci_vit.program import Program
 from trainables.family import dtype_of
 
@@ -29,6 +29,9 @@ TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal cut at +-2: Flax divides by it."""
 
 LN_EPS = mlp.EPS
+
+Added = tuple[Tensor, Tensor]
+"""What a residual still lacks: a product [rows, width] and its bias [width]."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,18 @@ def forward(
     params = {**params, "qkv/bias": _keys_fixed(params["qkv/bias"], width)}
     seen: dict[str, list[Tensor]] = {name: [] for name in watch}
     names = [name for name, shape in layout(program).shapes.items() if _per_block(name)]
+    added: Added | None = None
     for values in zip(*(params[name].unbind(0) for name in names), strict=True):
         block = dict(zip(names, values, strict=True))
-        h = _norm(x, block["ln1/scale"], block["ln1/bias"])
+        x, h = _residual_norm(program, x, added, block["ln1/scale"], block["ln1/bias"])
         mixed, distributions = _attend(program, h @ block["qkv/kernel"], block["qkv/bias"], "entropy" in watch)
-        x = x + mixed.reshape(count * tokens, width) @ block["out/kernel"] + block["out/bias"]
-        x, found = _mlp(program, x, block, watch)
+        added = mixed.reshape(count * tokens, width) @ block["out/kernel"], block["out/bias"]
+        x, added, found = _mlp(program, x, added, block, watch)
         for name, value in found.items():
             seen[name].append(value)
         if distributions is not None:
             seen["entropy"].append(_entropy(distributions).reshape(count, heads * tokens))
+    x = _with(x, added)
     cls_tokens = x.reshape(count, tokens, width)[:, 0]
     logits = _norm(cls_tokens, params["ln/scale"], params["ln/bias"]) @ params["head/kernel"] + params["head/bias"]
     return logits.to(dtype_of(program)), {name: torch.stack(values) for name, values in seen.items()}
@@ -175,33 +180,55 @@ def _attend(program: Program, product: Tensor, bias: Tensor, watched: bool) -> t
     return mixed.reshape(-1, program.width), distributions
 
 
+def _residual_norm(
+    program: Program, x: Tensor, added: Added | None, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x with what it still lacks, [rows, width], and its LayerNorm."""
+    if added is not None and _fused_residual(program, x.device):
+        return residual.added_and_normalised(x, *added, scale, shift)
+    x = _with(x, added)
+    return x, _norm(x, scale, shift)
+
+
+def _with(x: Tensor, added: Added | None) -> Tensor:
+    return x if added is None else x + added[0] + added[1]
+
+
 def _mlp(
-    program: Program, x: Tensor, block: Mapping[str, Tensor], watch: tuple[str, ...]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The second half of one block: x with what the MLP adds, and "fired" and "activity" [neurons] if watched.
+    program: Program, x: Tensor, added: Added, block: Mapping[str, Tensor], watch: tuple[str, ...]
+) -> tuple[Tensor, Added | None, dict[str, Tensor]]:
+    """The second half of one block: x, what it lacks, and "fired" and "activity" [neurons] if watched.
 
     Args:
-        x: [rows, width].
+        x: [rows, width]. added: what it lacks before.
     """
     w_in, b_in, w_out, b_out = (block[f"mlp_{name}"] for name in ("in/kernel", "in/bias", "out/kernel", "out/bias"))
+    norm, watched = (block["ln2/scale"], block["ln2/bias"]), ("fired" in watch, "activity" in watch)
     found: dict[str, Tensor] = {}
     if _fused_mlp(program, x.device):
-        weights = block["ln2/scale"], block["ln2/bias"], w_in, b_in, w_out, b_out
-        x, fired, activity = mlp.fused(x, *weights, "fired" in watch, "activity" in watch)
-        found = {"fired": fired, "activity": activity}
-        return x, {name: value for name, value in found.items() if name in watch}
-    pre = _norm(x, block["ln2/scale"], block["ln2/bias"]) @ w_in + b_in
+        x, found["fired"], found["activity"] = mlp.fused(_with(x, added), *norm, w_in, b_in, w_out, b_out, *watched)
+        return x, None, {name: value for name, value in found.items() if name in watch}
+    x, h = _residual_norm(program, x, added, *norm)
+    if _fused_residual(program, x.device):
+        active, found["fired"], found["activity"] = residual.rectified(h @ w_in, b_in, *watched)
+        return x, (active @ w_out, b_out), {name: value for name, value in found.items() if name in watch}
+    pre = h @ w_in + b_in
     active = torch.relu(pre)
     if "fired" in watch:
         found["fired"] = (pre.detach() >= 0).sum(0)
     if "activity" in watch:
         found["activity"] = active.detach().mean(0)
-    return x + active @ w_out + b_out, found
+    return x, (active @ w_out, b_out), found
 
 
 def _fused_mlp(program: Program, device: torch.device) -> bool:
     """Whether the MLP is the fused operator. Elsewhere it is ordinary code."""
     return _has_kernels(program, device) and mlp.fits(program.width, program.neurons)
+
+
+def _fused_residual(program: Program, device: torch.device) -> bool:
+    """Whether what stands between products is fused operators, where the MLP is none. Elsewhere it is ordinary code."""
+    return _has_kernels(program, device) and residual.fits(program.width) and not _fused_mlp(program, device)
 
 
 def _fused(program: Program, device: torch.device) -> bool:
