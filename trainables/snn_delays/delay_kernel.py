@@ -101,19 +101,25 @@ def _correlate(
     for _ in tl.static_range(SIZE * TAPS):
         sums = sums + (zero,)
     window = ()  # grad at this step and the TAPS - 1 steps after it
-    for lag in tl.static_range(TAPS - 1):
+    for lag in tl.static_range(TAPS):
         for r in tl.static_range(RUN):
             inside = (first + r < POSITIONS) & (lag < STEPS)
             window = window + (tl.load(grad + at + lag * ROW + r * CHANNELS, mask=inside, other=0.0).to(zero.dtype),)
+    ahead = ()
+    for p in tl.static_range(RUN + SIZE - 1):
+        ahead = ahead + (tl.load(x + at + (p - LEFT) * CHANNELS, mask=_inside(first, p - LEFT, POSITIONS), other=0.0),)
     for t in range(STEPS):
-        for r in tl.static_range(RUN):
-            inside = (first + r < POSITIONS) & (t + (TAPS - 1) < STEPS)
-            last = tl.load(grad + at + (TAPS - 1) * ROW + r * CHANNELS, mask=inside, other=0.0)
-            window = window + (last.to(zero.dtype),)
         seen = ()
         for p in tl.static_range(RUN + SIZE - 1):
-            inside = _inside(first, p - LEFT, POSITIONS)
-            seen = seen + (tl.load(x + at + (p - LEFT) * CHANNELS, mask=inside, other=0.0).to(zero.dtype),)
+            seen = seen + (ahead[p].to(zero.dtype),)
+        ahead = ()  # the next step's values are on their way while this one's are multiplied
+        for p in tl.static_range(RUN + SIZE - 1):
+            inside = _inside(first, p - LEFT, POSITIONS) & (t + 1 < STEPS)
+            ahead = ahead + (tl.load(x + at + ROW + (p - LEFT) * CHANNELS, mask=inside, other=0.0),)
+        last = ()
+        for r in tl.static_range(RUN):
+            inside = (first + r < POSITIONS) & (t + TAPS < STEPS)
+            last = last + (tl.load(grad + at + TAPS * ROW + r * CHANNELS, mask=inside, other=0.0),)
         added = ()
         for j in tl.static_range(SIZE):
             for lag in tl.static_range(TAPS):
@@ -125,6 +131,8 @@ def _correlate(
         kept = ()
         for i in tl.static_range((TAPS - 1) * RUN):
             kept = kept + (window[i + RUN],)
+        for r in tl.static_range(RUN):
+            kept = kept + (last[r].to(zero.dtype),)
         window = kept
         at += ROW
     part = out + image * SIZE * TAPS * WIDTH + place

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainables import draws
 from trainables.family import Hypers, State, dtype_of
-from trainables.snn_delays import delays
+from trainables.snn_delays import delays, mixing
 from trainables.snn_delays.neurons import keep_of_tau, keep_of_weight, lif, membrane, weight_of_tau
 from trainables.snn_delays.program import Program, classes, kernel_steps
 
@@ -188,7 +188,7 @@ class Pass:
         windows, weight = frames[..., :used].unflatten(-1, (-1, program.stem)), params["stem.weight"]
         if frames.is_cuda:  # tensor cores want rows of 8 values
             windows, weight = (F.pad(t, (0, -program.stem % 8)) for t in (windows, weight))
-        x = self._norm(mix(windows, weight), "stem")
+        x = self._norm(windows, weight, "stem")
         for stage, name in blocks(program):
             x = self._block(x, name)
             if name.endswith(f"block{program.blocks[stage]}") and stage + 1 < len(program.blocks):
@@ -205,48 +205,64 @@ class Pass:
 
     def _block(self, x: Tensor, name: str) -> Tensor:
         x = delays.frequency_delay(x, self.kernels[name])
-        x = mix(x, self.params[f"{name}.pointwise"])
-        learn_keep = self.program.neuron == "plif"
-        x = lif(x, self._keep(name), self.hyper["alpha"], self._affine(x, name), learn_keep=learn_keep)
+        x, affine = self._mixed(x, self.params[f"{name}.pointwise"], name)
+        x = lif(x, self._keep(name), self.hyper["alpha"], affine, learn_keep=self.program.neuron == "plif")
         if self.program.bottleneck == "none":
             return x
-        x = mix(x, self.params[f"{name}.pointwise_out"])
-        return self._norm(x, f"{name}.out") if self.program.bottleneck == "two_bn" else x
+        weight = self.params[f"{name}.pointwise_out"]
+        return self._norm(x, weight, f"{name}.out") if self.program.bottleneck == "two_bn" else mix(x, weight)
 
     def _down(self, x: Tensor, name: str) -> Tensor:
         pairs = x[:, :, : x.shape[2] // 2 * 2].unflatten(2, (-1, 2)).flatten(3)
         weight = self.params[f"{name}.weight"].unflatten(-1, (-1, 2)).transpose(1, 2).flatten(1)
-        return self._norm(mix(pairs, weight), name)
+        return self._norm(pairs, weight, name)
 
     def _keep(self, name: str) -> Tensor:
         if self.program.neuron == "plif":
             return keep_of_weight(self.params[f"{name}.tau"])
         return keep_of_tau(self.hyper["tau_ms"], self.program.dt_ms)
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        """Batch normalisation of [B, T, N, C], in x's dtype."""
-        scale, shift = self._affine(x, name)
-        return (scale * x + shift).to(x.dtype)
+    def _norm(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
+        """A convolution of size one and its batch normalisation, [B, T, N, D] in the product's dtype."""
+        y, (scale, shift) = self._mixed(x, weight, name)
+        return (scale * y + shift).to(y.dtype)
 
-    def _affine(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Batch normalisation of [B, T, N, C] as a scale and a shift of each channel, [C].
+    def _mixed(self, x: Tensor, weight: Tensor, name: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A convolution of size one, [B, T, N, D], and its batch normalisation as a scale and a shift of each channel.
 
         Statistics are over batch, time and positions (torch.nn.BatchNorm1d on time folded into the batch); frames that
-        do not count are left out of them. Both moments are taken about the running mean, in one pass over x: about a
-        point so near the batch's own mean their difference does not cancel, as it can about zero.
+        do not count are left out of them. Both moments are taken about the running mean, in one pass over the product:
+        about a point so near the batch's own mean their difference does not cancel, as it can about zero.
         """
         mean, var = self.running[f"{name}.mean"], self.running[f"{name}.var"]
-        if self.mask is not None:
-            count = self.mask.sum().to(mean.dtype) * x.shape[2]
-            away = (x.to(mean.dtype) - mean) * self.mask[:, :, None, None].to(mean.dtype)
-            # sums of each sample first: a GPU takes them side by side
-            first, second = (t.sum((1, 2)).sum(0) / count for t in (away, away.square()))
-            batch_mean, batch_var = mean + first, (second - first.square()).clamp(min=0)
-            self.moved[f"{name}.mean"] = (1 - BN_MOMENTUM) * mean + BN_MOMENTUM * batch_mean
-            self.moved[f"{name}.var"] = (1 - BN_MOMENTUM) * var + BN_MOMENTUM * batch_var * count / (count - 1)
-            mean, var = batch_mean, batch_var
+        if self.mask is None:
+            return mix(x, weight), self._affine(name, mean, var)
+        y, *sums = self._summed(x, weight, mean, self.mask.to(mean.dtype))
+        count = self.mask.sum().to(mean.dtype) * x.shape[2]
+        first, second = (total / count for total in sums)
+        batch_mean, batch_var = mean + first, (second - first.square()).clamp(min=0)
+        self.moved[f"{name}.mean"] = (1 - BN_MOMENTUM) * mean + BN_MOMENTUM * batch_mean
+        self.moved[f"{name}.var"] = (1 - BN_MOMENTUM) * var + BN_MOMENTUM * batch_var * count / (count - 1)
+        return y, self._affine(name, batch_mean, batch_var)
+
+    def _summed(self, x: Tensor, weight: Tensor, centre: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The product y, and over frames that count the sums of y - centre and of its square, [D]."""
+        if fused(self.program, x.device) and mixing.fits(*weight.shape):
+            low = torch.bfloat16 if self.program.precision == "bf16" else x.dtype
+            return mixing.mixed(x.to(low), weight, centre, counted)
+        y = mix(x, weight)
+        away = (y.to(centre.dtype) - centre) * counted[:, :, None, None]
+        # sums of each sample first: a GPU takes them side by side
+        return y, *(t.sum((1, 2)).sum(0) for t in (away, away.square()))
+
+    def _affine(self, name: str, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.params[f"{name}.bn_scale"] * torch.rsqrt(var + BN_EPS)
         return scale, self.params[f"{name}.bn_shift"] - mean * scale
+
+
+def fused(program: Program, device: torch.device) -> bool:
+    """Whether products and BatchNorm's sums are one operator, in bf16 on a GPU. Elsewhere they are ordinary code."""
+    return program.precision == "bf16" and device.type == "cuda"
 
 
 def mix(x: Tensor, weight: Tensor) -> Tensor:

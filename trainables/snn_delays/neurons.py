@@ -140,8 +140,8 @@ def gpu_kernel(module: str) -> ModuleType | None:
         "spiking neurons on a GPU need",
         "set LANEWISE_SNN_KERNELS=off to step through time in Python, which is many times slower",
     ):
-        from trainables.snn_delays import delay_kernel, lif_kernel
-    return {"lif_kernel": lif_kernel, "delay_kernel": delay_kernel}[module]
+        from trainables.snn_delays import delay_kernel, lif_kernel, mixing_kernel
+    return {"lif_kernel": lif_kernel, "delay_kernel": delay_kernel, "mixing_kernel": mixing_kernel}[module]
 
 
 takes_lanes(lif_forward)
