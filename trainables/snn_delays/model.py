@@ -253,7 +253,8 @@ class Pass:
         y = mix(x, weight)
         away = (y.to(centre.dtype) - centre) * counted[:, :, None, None]
         # sums of each sample first: a GPU takes them side by side
-        return y, *(t.sum((1, 2)).sum(0) for t in (away, away.square()))
+        first, second = (t.sum((1, 2)).sum(0) for t in (away, away.square()))
+        return y, first, second
 
     def _affine(self, name: str, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.params[f"{name}.bn_scale"] * torch.rsqrt(var + BN_EPS)
