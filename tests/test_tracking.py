@@ -288,6 +288,22 @@ def test_a_recorder_that_died_before_its_first_batch_loses_no_params(undisturbed
     assert top.data.params["searcher"] == "grid"
 
 
+def test_nothing_is_noted_where_the_sweep_was(undisturbed, tmp_path, monkeypatch):
+    """Its folder vanishes meanwhile, and Ray Tune makes another in its place: left empty, the old one can come back."""
+    folder, send = undelivered(undisturbed, tmp_path / "whole"), MlflowClient.log_batch
+
+    def vanish(*args, **named):
+        if (folder / "sweep.json").is_file():
+            folder.rename(tmp_path / "elsewhere")
+            (folder / "ray").mkdir(parents=True)
+        return send(*args, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", vanish)
+    with pytest.raises(FileNotFoundError):
+        Tracker(folder).deliver()
+    assert [path.name for path in folder.iterdir()] == ["ray"]
+
+
 def test_points_sent_but_not_noted_are_sent_again_as_they_were(undisturbed, tmp_path, monkeypatch):
     """Killed after the server took a batch; meanwhile the same epochs were trained again, at another time."""
     folder = undelivered(undisturbed, tmp_path / "whole")

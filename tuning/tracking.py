@@ -458,6 +458,7 @@ class Tracker:
         return self._runs[kind, key]
 
     def _save(self) -> None:
+        (self._folder / "sweep.json").stat()  # where the folder has vanished, Ray Tune makes one in its place
         write_atomically(self._path, json.dumps(self._state).encode())
 
 
