@@ -11,6 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.func import grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.families import arrays_of, build_case
 from tests.gpu_kernels import assert_replays, run_interpreted
@@ -187,6 +188,18 @@ def test_only_bf16_on_a_gpu_is_fused():
         assert model.fused(program, torch.device(device)) is expected
     assert mixing.fits(128, 8)
     assert not mixing.fits(512, 128)
+
+
+def test_operations_are_counted_as_of_ordinary_code():
+    drawn = inputs(SHAPES[1], torch.float64, torch.float64)
+    x, weight, *fixed = drawn["forward"]
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with FlopCounterMode(display=False) as plain:
+        torch.autograd.grad(ordinary(*leaves, *fixed), leaves, drawn["to_results"])
+    with FlopCounterMode(display=False) as fused:
+        loss = lambda x, weight, *fixed: sum(result.sum() for result in mixing.mixed(x, weight, *fixed))
+        vmap(grad(loss, (0, 1)))(x, weight, *fixed)
+    assert fused.get_total_flops() == plain.get_total_flops() > 0
 
 
 def test_kernels_equal_formulas_in_the_interpreter():

@@ -11,8 +11,11 @@ Rounding is that of autocast: y is rounded to x's dtype, and the sums, taken of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from trainables.operators import in_graph, takes_lanes
 from trainables.snn_delays.neurons import gpu_kernel
@@ -105,6 +108,21 @@ def _(*args) -> tuple[Tensor, Tensor]:
 
 takes_lanes(mix_forward)
 takes_lanes(mix_backward)
+
+
+@register_flop_formula(torch.ops.lanewise.mix_forward)
+def _(x_shape, weight_shape, *_, **__) -> int:
+    return _operations(x_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.lanewise.mix_backward)
+def _(grad_shape, to_sums_shape, x_shape, y_shape, weight_shape, *_, **__) -> int:
+    return 2 * _operations(x_shape, weight_shape)
+
+
+def _operations(x_shape, weight_shape) -> int:
+    """Of one product."""
+    return 2 * math.prod(x_shape) * weight_shape[1]
 
 
 class _Mix(torch.autograd.Function):
