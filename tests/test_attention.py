@@ -11,7 +11,6 @@ written-out way in bf16, which rounds the scores too.
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.families import arrays_of, build_case
-from tests.gpu_kernels import assert_replays, assert_whole_steps_equal, run_interpreted
+from tests.gpu_kernels import assert_missing_triton_is_told, assert_replays, assert_whole_steps_equal, run_interpreted
 from trainables.ci_vit import attention, model
 from trainables.draws import counter
-from trainables.family import BadValue, hyper_tensors
+from trainables.family import hyper_tensors
 
 SHAPES = [  # groups, samples of each, positions, heads, width
     (1, 2, 65, 3, 16),
@@ -179,10 +178,7 @@ def test_operations_are_counted_as_of_the_written_out_way():
 
 
 def test_missing_triton_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "trainables.ci_vit.attention_kernel", raising=False)
-    with pytest.raises(BadValue, match="needs triton"):
-        attention.gpu_kernel()
+    assert_missing_triton_is_told(monkeypatch, "trainables.ci_vit.attention_kernel", attention.gpu_kernel)
 
 
 def test_kernels_equal_formulas_in_the_interpreter():

@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.families import arrays_of, build_case
-from tests.gpu_kernels import assert_replays, run_interpreted
+from tests.gpu_kernels import assert_near, assert_replays, run_interpreted
 from trainables.draws import counter
 from trainables.family import hyper_tensors
 from trainables.snn_delays import mixing, model, training
@@ -57,13 +57,6 @@ def ordinary(x, weight, centre, counted) -> tuple[torch.Tensor, torch.Tensor]:
         rows = y[mask > 0] - middle
         lanes.append((y, torch.stack([rows.sum((0, 1)), (rows * rows).sum((0, 1))])))
     return tuple(map(torch.stack, zip(*lanes, strict=True)))
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor, limit: float, name: str = "") -> None:
-    assert found.shape == expected.shape, name
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=limit * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
-    )
 
 
 def work(drawn: dict[str, tuple], of: object) -> list[torch.Tensor]:

@@ -12,19 +12,22 @@ under autocast no less: then they are compared with those, over many rows, and m
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.families import arrays_of, build_case
-from tests.gpu_kernels import assert_replays, assert_whole_steps_equal, run_interpreted
+from tests.families import build_case
+from tests.gpu_kernels import (
+    assert_missing_triton_is_told,
+    assert_near,
+    assert_net_is_the_same,
+    assert_replays,
+    assert_whole_steps_equal,
+    run_interpreted,
+)
 from trainables.ci_vit import mlp, model
-from trainables.draws import counter
-from trainables.family import BadValue, hyper_tensors
 
 SHAPES = [  # lanes, rows of each, width, neurons
     (2, 70, 48, 192),
@@ -70,12 +73,6 @@ def by_autograd(slope, *leaves) -> tuple[torch.Tensor, ...]:
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     y, pre = ordinary(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, slope), pre
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor, limit: float, name: str = "") -> None:
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=limit * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
-    )
 
 
 def check_in_float32(shape: tuple[int, ...]) -> None:
@@ -187,34 +184,7 @@ def test_gradients_of_lanes(compiled, device):
 
 @pytest.mark.parametrize("precision", ["float64", "bf16"])
 def test_net_is_the_same_fused(precision, monkeypatch, cache_dir):
-    """Logits, gradients and what is watched, the operator taken on the CPU for once."""
-    family, program, hyper = build_case("ci_vit", "vanilla", precision=precision)
-    arrays = arrays_of(family, program, cache_dir, "cpu")
-    row = {name: values[0] for name, values in family.order(program, arrays, 0, 0).items()}
-    batch = family.batch(program, arrays, row)
-    params = family.init(program, hyper_tensors(program, hyper, "cpu"), counter(0))["params"]
-
-    def loss(params, watch):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits, seen = model.forward(program, params, batch["images"], watch)
-        return F.cross_entropy(logits, batch["labels"]), (logits, seen)
-
-    watch = ("fired", "activity", "entropy")
-    assert not model._fused_mlp(program, torch.device("cpu"))
-    slopes, (logits, seen) = grad(loss, has_aux=True)(params, watch)
-    monkeypatch.setattr(model, "_fused_mlp", lambda program, device: True)
-    found, (fused_logits, fused_seen) = grad(loss, has_aux=True)(params, watch)
-    limit = 1e-11 if precision == "float64" else 3e-2  # bf16: eight bits, through every block
-    torch.testing.assert_close(fused_logits, logits, rtol=limit, atol=limit)
-    assert fused_seen.keys() == seen.keys()
-    if precision == "float64":
-        assert torch.equal(fused_seen["fired"], seen["fired"].int())
-    torch.testing.assert_close(fused_seen["activity"], seen["activity"].to(logits.dtype), rtol=limit, atol=limit)
-    for name, slope in slopes.items():
-        torch.testing.assert_close(found[name], slope, rtol=0, atol=limit * max(1e-3, float(slope.abs().max())))
-    unwatched, (_, nothing) = grad(loss, has_aux=True)(params, ())
-    assert not nothing
-    assert all(torch.equal(unwatched[name], slope) for name, slope in found.items())
+    assert_net_is_the_same(precision, "_fused_mlp", monkeypatch, cache_dir)
 
 
 @pytest.mark.heavy
@@ -248,10 +218,7 @@ def test_operations_are_counted_as_of_ordinary_code():
 
 
 def test_missing_triton_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "trainables.ci_vit.mlp_kernel", raising=False)
-    with pytest.raises(BadValue, match="needs triton"):
-        mlp.gpu_kernel()
+    assert_missing_triton_is_told(monkeypatch, "trainables.ci_vit.mlp_kernel", mlp.gpu_kernel)
 
 
 def test_kernels_equal_formulas_in_the_interpreter():

@@ -8,18 +8,21 @@ to bf16 once is off by 2^-9 of a value at most, 2e-3 in the 2-norm.
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
-from tests.families import arrays_of, build_case
-from tests.gpu_kernels import assert_replays, assert_whole_steps_equal, run_interpreted
+from tests.families import build_case
+from tests.gpu_kernels import (
+    assert_missing_triton_is_told,
+    assert_near,
+    assert_net_is_the_same,
+    assert_replays,
+    assert_whole_steps_equal,
+    run_interpreted,
+)
 from trainables.ci_vit import model, residual
-from trainables.draws import counter
-from trainables.family import BadValue, hyper_tensors
 
 SHAPES = [  # lanes, rows of each, channels, units of the hidden layer
     (2, 130, 24, 96),
@@ -64,13 +67,6 @@ def ordinary_rectify(product, bias) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden layer, and before the ReLU [lanes, rows, units]."""
     pre = product.unflatten(0, (len(bias), -1)) + bias.unsqueeze(1)
     return torch.relu(pre).flatten(0, 1), pre
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor, limit: float, name: str = "") -> None:
-    assert found.shape == expected.shape, name
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=limit * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
-    )
 
 
 def work(drawn: dict[str, tuple], of: object) -> list[torch.Tensor]:
@@ -207,31 +203,7 @@ def test_gradients_of_lanes(compiled, device):
 
 @pytest.mark.parametrize("precision", ["float64", "bf16"])
 def test_net_is_the_same_fused(precision, monkeypatch, cache_dir):
-    """Logits, gradients and what is watched, the operators taken on the CPU for once."""
-    family, program, hyper = build_case("ci_vit", "vanilla", precision=precision)
-    arrays = arrays_of(family, program, cache_dir, "cpu")
-    row = {name: values[0] for name, values in family.order(program, arrays, 0, 0).items()}
-    batch = family.batch(program, arrays, row)
-    params = family.init(program, hyper_tensors(program, hyper, "cpu"), counter(0))["params"]
-
-    def loss(params, watch):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits, seen = model.forward(program, params, batch["images"], watch)
-        return F.cross_entropy(logits, batch["labels"]), (logits, seen)
-
-    watch = ("fired", "activity", "entropy")
-    assert not model._fused_residual(program, torch.device("cpu"))
-    slopes, (logits, seen) = grad(loss, has_aux=True)(params, watch)
-    monkeypatch.setattr(model, "_fused_residual", lambda program, device: True)
-    found, (fused_logits, fused_seen) = grad(loss, has_aux=True)(params, watch)
-    limit = 1e-11 if precision == "float64" else 3e-2  # bf16: eight bits, through every block
-    torch.testing.assert_close(fused_logits, logits, rtol=limit, atol=limit)
-    assert fused_seen.keys() == seen.keys()
-    if precision == "float64":
-        assert torch.equal(fused_seen["fired"], seen["fired"].int())
-    torch.testing.assert_close(fused_seen["activity"], seen["activity"].to(logits.dtype), rtol=limit, atol=limit)
-    for name, slope in slopes.items():
-        torch.testing.assert_close(found[name], slope, rtol=0, atol=limit * max(1e-3, float(slope.abs().max())))
+    assert_net_is_the_same(precision, "_fused_residual", monkeypatch, cache_dir)
 
 
 @pytest.mark.heavy
@@ -250,10 +222,7 @@ def test_only_wide_nets_in_bf16_on_a_gpu_are_fused():
 
 
 def test_missing_triton_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "trainables.ci_vit.residual_kernel", raising=False)
-    with pytest.raises(BadValue, match="needs triton"):
-        residual.gpu_kernel()
+    assert_missing_triton_is_told(monkeypatch, "trainables.ci_vit.residual_kernel", residual.gpu_kernel)
 
 
 def test_kernels_equal_formulas_in_the_interpreter():
