@@ -93,6 +93,11 @@ def keep_compiled(name: str, version: str) -> None:
     config.unsafe_marked_cacheable_functions = {**config.unsafe_marked_cacheable_functions, name: version}
 
 
+def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As kernels read them."""
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 def _joined(tensor: Tensor, dim: int | None, lanes: int) -> Tensor:
     stacked = tensor.unsqueeze(0).expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return stacked.flatten(0, 1)

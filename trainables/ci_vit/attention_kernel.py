@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 LOG2_E = tl.constexpr(1 / math.log(2))
 LEAST = 16  # rows, columns or depth of the smallest product that tensor cores do
@@ -295,7 +295,7 @@ def forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def backward(grad: Tensor, qkv: Tensor, bias: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """As `attention.attention_backward`."""
-    grad, qkv, bias, lse = (tensor.contiguous() for tensor in (grad, qkv, bias, lse))
+    grad, qkv, bias, lse = contiguous(grad, qkv, bias, lse)
     samples, positions, _, heads, width = qkv.shape
     out = torch.empty_like(qkv)
     parts = bias.new_empty((len(bias), samples // len(bias), 3, heads, width))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 VALUES = 2048
 """Of a tile: rows times channels, of the residual."""
@@ -140,7 +140,7 @@ def residual_forward(
     x: Tensor, added: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `residual.residual_forward`."""
-    x, added, bias, scale, shift = _contiguous(x, added, bias, scale, shift)
+    x, added, bias, scale, shift = contiguous(x, added, bias, scale, shift)
     lanes, width = scale.shape
     per_lane, (rows, wide) = len(x) // lanes, _tile(width)
     y, h = torch.empty_like(x), torch.empty_like(added)
@@ -155,7 +155,7 @@ def residual_backward(
     to_y: Tensor, to_h: Tensor, y: Tensor, mean: Tensor, rate: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `residual.residual_backward`."""
-    to_y, to_h, y, mean, rate, scale = _contiguous(to_y, to_h, y, mean, rate, scale)
+    to_y, to_h, y, mean, rate, scale = contiguous(to_y, to_h, y, mean, rate, scale)
     lanes, width = scale.shape
     per_lane, (rows, wide) = len(y) // lanes, _tile(width)
     splits = triton.cdiv(per_lane, ROWS_SUMMED)
@@ -169,7 +169,7 @@ def residual_backward(
 
 def rectify_forward(product: Tensor, bias: Tensor, fired: bool, activity: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `residual.rectify_forward`."""
-    product, bias = _contiguous(product, bias)
+    product, bias = contiguous(product, bias)
     lanes, hidden = bias.shape
     per_lane, splits, rows, units = _cut(product, lanes)
     active = torch.empty_like(product)
@@ -183,7 +183,7 @@ def rectify_forward(product: Tensor, bias: Tensor, fired: bool, activity: bool) 
 
 def rectify_backward(grad: Tensor, active: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """As `residual.rectify_backward`."""
-    grad, active = _contiguous(grad, active)
+    grad, active = contiguous(grad, active)
     lanes, hidden = bias.shape
     per_lane, splits, rows, units = _cut(grad, lanes)
     slope, sums = torch.empty_like(grad), bias.new_empty((lanes, splits, hidden))
@@ -191,10 +191,6 @@ def rectify_backward(grad: Tensor, active: Tensor, bias: Tensor) -> tuple[Tensor
         grad, active, slope, sums, per_lane, hidden, ROWS_SUMMED, rows, units
     )
     return slope, sums.sum(1)
-
-
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _tile(width: int) -> tuple[int, int]:

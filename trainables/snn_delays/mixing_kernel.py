@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainables.convolution_kernel import NARROW
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 MOST_ROWS = 2048
 """Of one instance."""
@@ -90,7 +90,7 @@ def _backward(
 
 def forward(x: Tensor, weight: Tensor, centre: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """As `mixing.mix_forward`."""
-    x, weight, centre, counted = (tensor.contiguous() for tensor in (x, weight, centre, counted))
+    x, weight, centre, counted = contiguous(x, weight, centre, counted)
     outputs = weight.shape[1]
     rows, splits = _cut(x)
     y, parts = x.new_empty((*x.shape[:-1], outputs)), weight.new_empty((len(x), splits, 2, outputs))
@@ -104,9 +104,7 @@ def backward(
     grad: Tensor, to_sums: Tensor, x: Tensor, y: Tensor, weight: Tensor, centre: Tensor, counted: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `mixing.mix_backward`."""
-    grad, to_sums, x, y, weight, centre, counted = (
-        tensor.contiguous() for tensor in (grad, to_sums, x, y, weight, centre, counted)
-    )
+    grad, to_sums, x, y, weight, centre, counted = contiguous(grad, to_sums, x, y, weight, centre, counted)
     rows, splits = _cut(x)
     dx, parts = torch.empty_like(x), weight.new_empty((len(x), splits, *weight.shape[1:]))
     launch(_backward, (splits, len(x)))(

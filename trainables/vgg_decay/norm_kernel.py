@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 VALUES = 2048
 """Of a tile: rows times channels."""
@@ -135,7 +135,7 @@ def _backward(
 
 def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
     """As `norm_ops.norm_forward`."""
-    x, centre, scale, shift = _contiguous(x, centre, scale, shift)
+    x, centre, scale, shift = contiguous(x, centre, scale, shift)
     samples, height, width, channels = x.shape
     side = 2 if pool else 1
     z = x.new_empty((samples, height // side, width // side, channels))
@@ -149,7 +149,7 @@ def forward(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool)
 
 def sums(grad: Tensor, x: Tensor, chosen: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, pool: bool) -> Tensor:
     """As `norm_ops.norm_sums`."""
-    grad, x, chosen, centre, scale, shift = _contiguous(grad, x, chosen, centre, scale, shift)
+    grad, x, chosen, centre, scale, shift = contiguous(grad, x, chosen, centre, scale, shift)
     channels = x.shape[-1]
     windows, wide, rows = _cut(grad, len(centre))
     most = min(VALUES_SUMMED // wide, triton.cdiv(windows, rows) * rows)
@@ -167,7 +167,7 @@ def backward(
     weight: Tensor, pool: bool,
 ) -> Tensor:  # fmt: skip
     """As `norm_ops.norm_backward`."""
-    grad, x, chosen, centre, scale, shift, mean, tilt, weight = _contiguous(
+    grad, x, chosen, centre, scale, shift, mean, tilt, weight = contiguous(
         grad, x, chosen, centre, scale, shift, mean, tilt, weight
     )
     windows, wide, rows = _cut(grad, len(centre))
@@ -177,10 +177,6 @@ def backward(
         x.shape[-1], 2 if pool else 1, weight.shape[1] > 0, rows, wide,
     )  # fmt: skip
     return dx
-
-
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _width(x: Tensor, pool: bool) -> int:
