@@ -142,6 +142,7 @@ class Engine(ABC):
         device: torch.device | str = "cpu",
         host_arrays: Arrays | None = None,
     ):
+        family.import_all()
         self.family = family
         self.program = program
         self.arrays = arrays

@@ -20,7 +20,7 @@ from lanes.serial import SerialEngine
 from lanes.stacked import TAKEN_TOGETHER, StackedEngine
 from lanes.states import leaves, tree_map
 from tests.families import CASES, arrays_of, build_case
-from trainables.family import dtype_of
+from trainables.family import Late, dtype_of
 from tuning.checkpoints import CheckpointStore
 
 STEPS = 50
@@ -103,6 +103,22 @@ def test_lane_equals_serial_beside_any_neighbours(case):
         for name, curve in one["me"].items():
             np.testing.assert_allclose(other["me"][name], curve, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
     assert_same_state(alone.state("me"), stack.state("me"), TOLERANCE)
+
+
+def test_a_step_that_is_imported_late_is_compiled_as_a_whole(cache_dir):
+    """An import would break the graph: two were compiled of the step where the first one to train was compiled."""
+    from torch._dynamo.utils import counters
+
+    family, program, hyper = build_case("tests.toys.regression", "plain")
+    arrays = arrays_of(family, program, cache_dir)
+    late = {name: Late(family.step.__module__, name) for name in ("init", "step", "batch", "evaluate")}
+    engine = StackedEngine(dataclasses.replace(family, **late), program, arrays, compiled=True)
+    engine.insert("me", hyper, 3)
+    counters.clear()
+    engine.advance(engine.until_epoch_end())
+    engine.evaluate(["me"])
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("engine_class", [SerialEngine, StackedEngine], ids=["serial", "stacked"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch.func import grad, vmap
 from lanes.compiling import compile_lanes
 from tests.families import FAMILIES, arrays_of, build_case
 from trainables.family import load_family
-from trainables.operators import OPERATORS, compiled_ahead, kept, launch, takes_lanes
+from trainables.operators import OPERATORS, compiled_ahead, keep_compiled, kept, launch, takes_lanes, triton_for
 from trainables.snn_delays.neurons import lif
 
 
@@ -58,6 +62,50 @@ def test_no_operator_is_written_out_for_a_log(caplog):
         assert torch.equal(compiled(x), lif(x, torch.tensor(0.5), torch.tensor(2.0)) + x + 1)
     assert {"lanewise::lif_forward", "lanewise::kept", "lanewise::test_late"} <= OPERATORS
     assert not [record for record in caplog.records if "implicit fallback" in record.message]
+
+
+@pytest.mark.parametrize(("chosen", "found"), [(None, "bin/ptxas"), ("/mine", "/mine")])
+def test_kernels_are_assembled_by_one_program_from_the_first_on(monkeypatch, tmp_path, chosen, found):
+    ptxas = tmp_path / "bin" / "ptxas"
+    ptxas.parent.mkdir()
+    ptxas.touch(mode=0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", chosen or "")  # and so put back in the end
+    if chosen is None:
+        monkeypatch.delenv("TRITON_PTXAS_PATH")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    with triton_for("nothing needs", "go on"):
+        assert os.environ["TRITON_PTXAS_PATH"] == str(tmp_path / found)
+
+
+def test_what_triton_calls_a_kernel_does_not_depend_on_which_is_called_first():
+    """By such a name a compiled kernel is found on disk."""
+    pytest.importorskip("triton")
+    modules = [".".join(path.with_suffix("").parts) for path in Path("trainables").glob("**/*_kernel.py")]
+    code = (
+        "import importlib, sys; from triton.runtime.jit import JITFunction\n"
+        f"found = [importlib.import_module(name) for name in {modules}]\n"
+        "named = {f'{m.__name__}.{n}': f for m in found for n, f in vars(m).items() if isinstance(f, JITFunction)}\n"
+        "names = sorted(named, reverse=bool(sys.argv[1:]))\n"
+        "print(sorted((name, named[name].cache_key) for name in names))"
+    )
+    one, other = (
+        subprocess.run([sys.executable, "-c", code, *more], capture_output=True, text=True, check=True).stdout
+        for more in ([], ["reverse"])
+    )
+    assert one == other
+    assert "lif_kernel._slope" in one
+
+
+def test_where_compiled_steps_are_kept_does_not_depend_on_the_order_of_imports():
+    from torch._inductor import config
+
+    kept_by = []
+    for names in (("a.one", "b.two"), ("b.two", "a.one")):
+        with config.patch("unsafe_marked_cacheable_functions", {}):
+            for name in names:
+                keep_compiled(name, "1")
+            kept_by.append(list(config.unsafe_marked_cacheable_functions))
+    assert kept_by[0] == kept_by[1] == ["a.one", "b.two"]
 
 
 def test_a_kernel_runs_at_once():

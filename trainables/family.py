@@ -217,6 +217,11 @@ class Family:
         object.__setattr__(self, name, function)
         return function
 
+    def import_all(self) -> None:
+        """Import what is late now. An import in the middle of a step would break the graph that is compiled of it."""
+        for name in self._late:
+            getattr(self, name)
+
     @property
     def program_fields(self) -> dict[str, dataclasses.Field]:
         return {f.name: f for f in dataclasses.fields(self.Program)}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -50,7 +51,20 @@ def tell_inductor() -> None:
     """
     from torch._inductor.lowering import FALLBACK_ALLOW_LIST  # seconds, and only who compiles needs it
 
+    choose_assembler()
     FALLBACK_ALLOW_LIST.update(OPERATORS)
+
+
+def choose_assembler() -> None:
+    """Have Triton's kernels assembled by the ptxas that PyTorch brings, if it brings one, from the first kernel on.
+
+    PyTorch 2.11 changes to it in the middle of a process, when it first compiles a kernel of its own there. Compiled
+    kernels are looked up by the version that a process began with: a second sweep, which has nothing to measure before
+    it compiles, would look them up by another version than the first kept them by, and compile them all anew.
+    """
+    ptxas = Path(torch.__file__).parent / "bin" / "ptxas"
+    if os.access(ptxas, os.X_OK):
+        os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
 
 
 @torch.library.custom_op("lanewise::kept", mutates_args=())
@@ -89,8 +103,10 @@ def keep_compiled(name: str, version: str) -> None:
     """
     from torch._inductor import config
 
-    # assigned anew: what was compiled is looked up by the settings, which are read when one is assigned
-    config.unsafe_marked_cacheable_functions = {**config.unsafe_marked_cacheable_functions, name: version}
+    # Assigned anew: what was compiled is looked up by the settings, which are read when one is assigned. And sorted:
+    # their order counts, and they come in the order of imports, which differs from process to process.
+    known = {**config.unsafe_marked_cacheable_functions, name: version}
+    config.unsafe_marked_cacheable_functions = dict(sorted(known.items()))
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -152,6 +168,7 @@ def compiled_ahead() -> Iterator[None]:
 @contextmanager
 def triton_for(what: str, instead: str) -> Iterator[None]:
     """Around the import of kernels. Raises `BadValue`: WHAT triton, which is missing; install it, or do INSTEAD."""
+    choose_assembler()
     try:
         yield
     except ImportError as error:

@@ -8,8 +8,6 @@ imported only where a GPU asks for it.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,6 @@ from torch import Tensor
 from trainables.operators import launch
 
 BLOCK = 128
-HALF_PI = tl.constexpr(math.pi / 2)
 
 
 @triton.jit
@@ -67,7 +64,7 @@ def _forward(
 @triton.jit
 def _slope(grad, over, a):
     """grad * ds/dh of the ATan surrogate."""
-    bent = HALF_PI * a * over
+    bent = 1.5707963267948966 * a * over  # pi / 2; as a global constant Triton would name kernels by who calls first
     return grad * (a / 2) / (1.0 + bent * bent)
 
 
