@@ -25,7 +25,7 @@ def main(name: str, device: str, probe: bool) -> None:
         import triton
 
         def listen(*, src, cache_hit, **_) -> None:
-            if not cache_hit:
+            if not cache_hit and src.fn.module.startswith("trainables."):
                 kernels.append(src.name)
 
         triton.knobs.compilation.listener = listen

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from lanes.engine import Arrival
+from lanes.engine import Arrival, autocast
 from lanes.serial import SerialEngine
 from lanes.stacked import TAKEN_TOGETHER, StackedEngine
 from lanes.states import leaves, tree_map
 from tests.families import CASES, arrays_of, build_case
-from trainables.family import Late, dtype_of
+from trainables.draws import counter
+from trainables.family import Late, dtype_of, hyper_tensors
 from tuning.checkpoints import CheckpointStore
 
 STEPS = 50
@@ -103,6 +104,49 @@ def test_lane_equals_serial_beside_any_neighbours(case):
         for name, curve in one["me"].items():
             np.testing.assert_allclose(other["me"][name], curve, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
     assert_same_state(alone.state("me"), stack.state("me"), TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_what_a_bf16_step_returns_has_the_dtypes_it_had(name, method, cache_dir):
+    family, program, hyper = build_case(name, method, precision="bf16")
+    arrays, device = arrays_of(family, program, cache_dir), torch.device("cpu")
+    hypers = hyper_tensors(program, hyper, device)
+    state = family.init(program, hypers, counter(3))
+    batch, tested = (
+        family.batch(program, arrays, {name: rows[0] for name, rows in order.items()})
+        for order in (family.order(program, arrays, 3, 0), one_set(family.test_order(program, arrays, 3, 0)))
+    )
+    with autocast(program, device):
+        after, metrics = family.step(program, state, hypers, batch)
+        with torch.no_grad():
+            sums = family.evaluate(program, after, hypers, tested)
+            covariates = family.inspect(program, after, hypers)
+    assert tree_map(lambda tensor: tensor.dtype, after) == tree_map(lambda tensor: tensor.dtype, state)
+    dtypes = {name: value.dtype for name, value in {**metrics, **sums, **covariates}.items()}
+    assert not {torch.bfloat16, torch.float16} & {*dtypes.values()}, dtypes
+
+
+def one_set(order: dict) -> dict[str, torch.Tensor]:
+    """The first set of an evaluation that may be of several."""
+    first = next(iter(order.values()))
+    return first if isinstance(first, dict) else order
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_evaluation_in_bf16_equals_serial(name, method, cache_dir):
+    """Autocast reaches what a step does through its gradient, and an evaluation otherwise. Products carry 8 bits."""
+    family, program, hyper = build_case(name, method, precision="bf16")
+    arrays = arrays_of(family, program, cache_dir)
+    found = []
+    for engine in (SerialEngine(family, program, arrays), StackedEngine(family, program, arrays)):
+        engine.insert("me", hyper, 3)
+        engine.insert("other", hyper, 4)
+        engine.advance(1)
+        found.append(engine.evaluate(["me"])["me"])
+    assert found[0].keys() == found[1].keys()
+    for metric, value in found[0].items():
+        limit = 0.05 if "loss" in metric else 0.2
+        np.testing.assert_allclose(found[1][metric], value, rtol=limit, atol=limit, err_msg=metric)
 
 
 def test_a_step_that_is_imported_late_is_compiled_as_a_whole(cache_dir):

@@ -160,7 +160,8 @@ class Family:
         order: (program, arrays, seed, epoch) -> {name: tensor [S, ...]}: what each step of that zero-based epoch reads
             (indices, permutations). Not compiled; seed and epoch are Python ints.
         batch: (program, arrays, row) -> batch, `row` being one step's slice of `order` (or of `test_order`).
-        step: (program, state, hyper, batch) -> (state, {metric: 0-d tensor}). Increments `state["step"]`.
+        step: (program, state, hyper, batch) -> (state, {metric: 0-d tensor}). Increments `state["step"]`. In bf16 too,
+            neither what it returns nor what `evaluate` does is of 16 bits: sums would lose their units.
         test_order: (program, arrays, seed, epoch) -> {name: tensor [T, ...]}: the evaluation batches after that epoch.
             A short last batch is padded with index -1. Or {set: {name: tensor}}, where there may be other sets at
             another epoch (the test set at the last one only, say): their metrics are `evaluate`'s under

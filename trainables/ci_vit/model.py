@@ -147,7 +147,8 @@ def forward(
         for name, value in found.items():
             seen[name].append(value)
         if distributions is not None:
-            seen["entropy"].append(_entropy(distributions).reshape(count, heads * tokens))
+            entropy = _entropy(distributions.to(dtype_of(program)))
+            seen["entropy"].append(entropy.reshape(count, heads * tokens))
     x = _with(x, added)
     cls_tokens = x.reshape(count, tokens, width)[:, 0]
     logits = _norm(cls_tokens, params["ln/scale"], params["ln/bias"]) @ params["head/kernel"] + params["head/bias"]

@@ -117,7 +117,9 @@ def frequency_delay(x: Tensor, kernels: Tensor) -> Tensor:
     if x.is_cuda and x.dtype != torch.float64 and size * taps <= delay_ops.LONGEST:
         return delay_ops.walked_delay(x, kernels)
     padded = F.pad(x.permute(0, 3, 1, 2), (size // 2, size - 1 - size // 2, taps - 1, 0))
-    return F.conv2d(padded, kernels.transpose(1, 2).unsqueeze(1), groups=channels).permute(0, 2, 3, 1)
+    # rounded here: under vmap alone, as in evaluation, autocast does not see a convolution on the CPU
+    weight = kernels.transpose(1, 2).unsqueeze(1).to(x.dtype)
+    return F.conv2d(padded, weight, groups=channels).permute(0, 2, 3, 1)
 
 
 def synapse_delay(x: Tensor, kernels: Tensor) -> Tensor:
