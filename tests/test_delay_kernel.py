@@ -23,6 +23,7 @@ SHAPES = [
     ((3, 1, 5, 9, 2), (4, 9)),  # even k; K longer than T
     ((2, 2, 1, 1, 1), (3, 3)),  # one step, one position
     ((1, 2, 13, 11, 5), (1, 1)),
+    ((1, 1, 5, 20, 3), (3, 2)),  # as many positions as two threads take
     ((2, 5, 6, 4, 33), (2, 3)),  # threads of more than one instance, and some past the end
     ((1, 1, 4, 3, 2), (7, 20)),  # so many taps that a thread takes fewer positions
 ]

@@ -21,6 +21,10 @@ from torch import Tensor
 
 from trainables.operators import launch
 
+MOST_HELD = 200
+"""Values that a thread may hold: with the addresses, what 255 registers hold without spilling."""
+SIX_FIT, HELD_BY_SIX = 168, 156
+"""Registers of a thread with which a multiprocessor holds six instances, and values that they hold without spilling."""
 BLOCK = 64
 """Threads, two warps: 640 threads a sample make many small instances, which fill 132 multiprocessors evenly."""
 
@@ -47,12 +51,18 @@ def _walk(
     if BACK:
         at += (STEPS - 1) * POSITIONS * CHANNELS
     taps = kernels + (image // samples) * SIZE * TAPS * CHANNELS + channel
-    w = ()
-    for j in tl.static_range(SIZE):
-        for lag in tl.static_range(TAPS):
-            row = (SIZE - 1 - j if BACK else j) * TAPS + TAPS - 1 - lag
-            w = w + (tl.load(taps + row * CHANNELS),)
     zero = tl.zeros((BLOCK,), kernels.dtype.element_ty)
+    w = ()
+    for _ in tl.static_range(SIZE * TAPS):
+        w = w + (zero,)
+    for column in range(SIZE):  # not unrolled here: Triton compiles for each load and store as long as the kernel is
+        read = ()
+        for i in tl.static_range((SIZE - 1) * TAPS):
+            read = read + (w[i + TAPS],)
+        for lag in tl.static_range(TAPS):
+            row = (SIZE - 1 - column if BACK else column) * TAPS + TAPS - 1 - lag
+            read = read + (tl.load(taps + row * CHANNELS),)
+        w = read
     pending = ()
     for _ in tl.static_range(TAPS * RUN):
         pending = pending + (zero,)
@@ -87,54 +97,68 @@ def _walk(
 def _correlate(
     grad, x, out,
     STEPS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
-    RUN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    RUN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Each thread's part of dw[j, K - 1 - lag] = sum of grad[t, n] x[t - lag, n + j - k // 2]."""
+    """Each thread's part of dw[j, K - 1 - lag] = sum of grad[t, n] x[t - lag, n + j - k // 2], AT_ONCE steps in one."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel, first = place % CHANNELS, place // CHANNELS * RUN
     LEFT: tl.constexpr = SIZE // 2
     ROW: tl.constexpr = POSITIONS * CHANNELS
+    SPAN: tl.constexpr = RUN + SIZE - 1
+    LAGS: tl.constexpr = TAPS + AT_ONCE - 1
     zero = tl.zeros((BLOCK,), out.dtype.element_ty)
     at = image * STEPS * ROW + first * CHANNELS + channel
     sums = ()
     for _ in tl.static_range(SIZE * TAPS):
         sums = sums + (zero,)
-    window = ()  # grad at this step and the TAPS - 1 steps after it
-    for lag in tl.static_range(TAPS):
-        for r in tl.static_range(RUN):
-            inside = (first + r < POSITIONS) & (lag < STEPS)
-            window = window + (tl.load(grad + at + lag * ROW + r * CHANNELS, mask=inside, other=0.0).to(zero.dtype),)
-    ahead = ()
-    for p in tl.static_range(RUN + SIZE - 1):
-        ahead = ahead + (tl.load(x + at + (p - LEFT) * CHANNELS, mask=_inside(first, p - LEFT, POSITIONS), other=0.0),)
-    for t in range(STEPS):
-        seen = ()
-        for p in tl.static_range(RUN + SIZE - 1):
-            seen = seen + (ahead[p].to(zero.dtype),)
-        ahead = ()  # the next step's values are on their way while this one's are multiplied
-        for p in tl.static_range(RUN + SIZE - 1):
-            inside = _inside(first, p - LEFT, POSITIONS) & (t + 1 < STEPS)
-            ahead = ahead + (tl.load(x + at + ROW + (p - LEFT) * CHANNELS, mask=inside, other=0.0),)
-        last = ()
-        for r in tl.static_range(RUN):
-            inside = (first + r < POSITIONS) & (t + TAPS < STEPS)
-            last = last + (tl.load(grad + at + TAPS * ROW + r * CHANNELS, mask=inside, other=0.0),)
-        added = ()
-        for j in tl.static_range(SIZE):
-            for lag in tl.static_range(TAPS):
-                total = sums[j * TAPS + lag]
-                for r in tl.static_range(RUN):
-                    total = total + window[lag * RUN + r] * seen[r + j]
-                added = added + (total,)
-        sums = added
+    window = ()  # grad at these steps and the TAPS - 1 steps after them
+    for _ in tl.static_range(LAGS * RUN):
+        window = window + (zero,)
+    for later in range(LAGS):  # not unrolled here, as in `_walk`
         kept = ()
-        for i in tl.static_range((TAPS - 1) * RUN):
+        for i in tl.static_range((LAGS - 1) * RUN):
             kept = kept + (window[i + RUN],)
         for r in tl.static_range(RUN):
-            kept = kept + (last[r].to(zero.dtype),)
+            inside = (first + r < POSITIONS) & (later < STEPS)
+            kept = kept + (tl.load(grad + at + later * ROW + r * CHANNELS, mask=inside, other=0.0).to(zero.dtype),)
         window = kept
-        at += ROW
+    ahead = ()
+    for s in tl.static_range(AT_ONCE):
+        for p in tl.static_range(SPAN):
+            inside = _inside(first, p - LEFT, POSITIONS) & (s < STEPS)
+            ahead = ahead + (tl.load(x + at + s * ROW + (p - LEFT) * CHANNELS, mask=inside, other=0.0),)
+    for t in range(0, STEPS, AT_ONCE):
+        seen = ()
+        for i in tl.static_range(AT_ONCE * SPAN):
+            seen = seen + (ahead[i].to(zero.dtype),)
+        ahead = ()  # the next steps' values are on their way while these are multiplied
+        for s in tl.static_range(AT_ONCE):
+            for p in tl.static_range(SPAN):
+                inside = _inside(first, p - LEFT, POSITIONS) & (t + AT_ONCE + s < STEPS)
+                value = tl.load(x + at + (AT_ONCE + s) * ROW + (p - LEFT) * CHANNELS, mask=inside, other=0.0)
+                ahead = ahead + (value,)
+        last = ()
+        for s in tl.static_range(AT_ONCE):
+            for r in tl.static_range(RUN):
+                inside = (first + r < POSITIONS) & (t + LAGS + s < STEPS)
+                last = last + (tl.load(grad + at + (LAGS + s) * ROW + r * CHANNELS, mask=inside, other=0.0),)
+        for s in tl.static_range(AT_ONCE):
+            added = ()
+            for j in tl.static_range(SIZE):
+                for lag in tl.static_range(TAPS):
+                    total = sums[j * TAPS + lag]
+                    for r in tl.static_range(RUN):
+                        total = total + window[(s + lag) * RUN + r] * seen[s * SPAN + r + j]
+                    added = added + (total,)
+            sums = added
+        kept = ()
+        for i in tl.static_range((TAPS - 1) * RUN):
+            kept = kept + (window[i + AT_ONCE * RUN],)
+        for i in tl.static_range(AT_ONCE * RUN):
+            kept = kept + (last[i].to(zero.dtype),)
+        window = kept
+        at += AT_ONCE * ROW
     part = out + image * SIZE * TAPS * WIDTH + place
     for j in tl.static_range(SIZE):
         for lag in tl.static_range(TAPS):
@@ -156,27 +180,34 @@ def _walked(x: Tensor, kernels: Tensor, back: bool) -> Tensor:
     y = torch.empty_like(x)
     groups, samples, steps, positions, channels = x.shape
     size, taps = kernels.shape[1:3]
-    run = _run(positions, size, taps)
+    run = _run(positions, size, taps, (10, 5, 4))
     grid = (groups * samples, triton.cdiv(triton.cdiv(positions, run) * channels, BLOCK))
     launch(_walk, grid)(
-        x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK, num_warps=BLOCK // 32
-    )
+        x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK,
+        num_warps=BLOCK // 32, maxnreg=SIX_FIT if _held(size, taps, run) <= HELD_BY_SIX else None,
+    )  # fmt: skip
     return y
 
 
 def _correlated(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     groups, samples, steps, positions, channels = x.shape
     size, taps = kernels.shape[1:3]
-    run = _run(positions, size, taps)
+    run = _run(positions, size, taps, (5, 4))
+    at_once = 2 if _held(size, taps, run) + run + 2 * (run + size) <= MOST_HELD else 1
     width = triton.cdiv(positions, run) * channels
     parts = kernels.new_empty((groups, samples, size, taps, width))
     launch(_correlate, (groups * samples, triton.cdiv(width, BLOCK)))(
-        grad, x, parts, steps, positions, channels, size, taps, run, BLOCK, width, num_warps=BLOCK // 32
+        grad, x, parts, steps, positions, channels, size, taps, run, BLOCK, width, at_once, num_warps=BLOCK // 32
     )
     return parts.unflatten(-1, (-1, channels)).sum((1, 4))
 
 
-def _run(positions: int, size: int, taps: int) -> int:
-    """Positions of a thread: 5 or 4, whichever leaves fewer over; 2 where so many would not fit its registers."""
-    fitting = [run for run in (5, 4) if size * taps + run * taps + 2 * (run + size) <= 200]
+def _run(positions: int, size: int, taps: int, among: tuple[int, ...]) -> int:
+    """Positions of a thread: of `among` whichever leaves fewest over; 2 where so many would not fit its registers."""
+    fitting = [run for run in among if _held(size, taps, run) <= MOST_HELD]
     return min(fitting, key=lambda run: -positions % run, default=2)
+
+
+def _held(size: int, taps: int, run: int) -> int:
+    """Values that a thread holds: taps or their sums, pending outputs or gradients, a step and the next."""
+    return size * taps + run * taps + 2 * (run + size)
