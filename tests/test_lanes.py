@@ -79,7 +79,10 @@ def steps_for(family, program) -> int:
     return min(STEPS, family.schedule(program).steps)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].rsplit('.', 1)[-1]}-{case[1]}")
+NAMED = [f"{family.rsplit('.', 1)[-1]}-{case}" for family, case in CASES]
+
+
+@pytest.fixture(params=CASES, ids=NAMED)
 def case(request, cache_dir):
     family, program, hyper = build_case(*request.param)
     return family, program, hyper, arrays_of(family, program, cache_dir)
@@ -106,7 +109,7 @@ def test_lane_equals_serial_beside_any_neighbours(case):
     assert_same_state(alone.state("me"), stack.state("me"), TOLERANCE)
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize(("name", "method"), CASES, ids=NAMED)
 def test_what_a_bf16_step_returns_has_the_dtypes_it_had(name, method, cache_dir):
     family, program, hyper = build_case(name, method, precision="bf16")
     arrays, device = arrays_of(family, program, cache_dir), torch.device("cpu")
@@ -132,7 +135,7 @@ def one_set(order: dict) -> dict[str, torch.Tensor]:
     return first if isinstance(first, dict) else order
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize(("name", "method"), CASES, ids=NAMED)
 def test_evaluation_in_bf16_equals_serial(name, method, cache_dir):
     """Autocast reaches what a step does through its gradient, and an evaluation otherwise. Products carry 8 bits."""
     family, program, hyper = build_case(name, method, precision="bf16")

@@ -62,7 +62,7 @@ def test_the_command_line_lists_its_sweeps(tree):
 
 def test_the_conformance_suite_takes_it_in(tree):
     out = python(tree, "-m", "pytest", "tests/test_lanes.py", "-k", "toy and plain", "-p", "no:cacheprovider")
-    assert "6 passed" in out, out
+    assert "8 passed" in out, out
 
 
 def test_a_sweep_of_it_runs_through_ray(tree):
