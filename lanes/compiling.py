@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainables.operators import keep_compiled, tell_inductor
+from trainables.operators import choose_assembler, keep_compiled, tell_inductor
 
 LONGEST_FUSED_CAT = 64
 """Inductor writes each part of a concatenation of more than 8 by a kernel of its own: hundreds a step, where a net's
@@ -23,6 +23,7 @@ def compile_lanes(
     Programs and lane counts share the engine's code, and every one of them is a compilation of its own: at dynamo's
     usual limit of 8 the ninth would run uncompiled without a word.
     """
+    choose_assembler()
     tell_inductor()
     for name in ("_enter_autocast", "_exit_autocast"):
         # their arguments say all there is to know of them, as later versions of PyTorch hold (pytorch/pytorch 191106)

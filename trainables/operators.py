@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -51,10 +51,10 @@ def tell_inductor() -> None:
     """
     from torch._inductor.lowering import FALLBACK_ALLOW_LIST  # seconds, and only who compiles needs it
 
-    choose_assembler()
     FALLBACK_ALLOW_LIST.update(OPERATORS)
 
 
+@cache  # every launch of an operator passes here
 def choose_assembler() -> None:
     """Have Triton's kernels assembled by the ptxas that PyTorch brings, if it brings one, from the first kernel on.
 

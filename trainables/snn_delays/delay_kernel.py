@@ -193,7 +193,7 @@ def _correlated(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     groups, samples, steps, positions, channels = x.shape
     size, taps = kernels.shape[1:3]
     run = _run(positions, size, taps, (5, 4))
-    at_once = 2 if _held(size, taps, run) + run + 2 * (run + size) <= MOST_HELD else 1
+    at_once = 2 if _held(size, taps, run, at_once=2) <= MOST_HELD else 1
     width = triton.cdiv(positions, run) * channels
     parts = kernels.new_empty((groups, samples, size, taps, width))
     launch(_correlate, (groups * samples, triton.cdiv(width, BLOCK)))(
@@ -208,6 +208,6 @@ def _run(positions: int, size: int, taps: int, among: tuple[int, ...]) -> int:
     return min(fitting, key=lambda run: -positions % run, default=2)
 
 
-def _held(size: int, taps: int, run: int) -> int:
-    """Values that a thread holds: taps or their sums, pending outputs or gradients, a step and the next."""
-    return size * taps + run * taps + 2 * (run + size)
+def _held(size: int, taps: int, run: int, at_once: int = 1) -> int:
+    """Values that a thread holds: taps or their sums, pending outputs or gradients, these steps and the next."""
+    return size * taps + run * (taps + at_once - 1) + 2 * at_once * (run + size)
