@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainables.convolution import DIVISOR, FEW, few
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def backward_input(grad: Tensor, weight: Tensor) -> Tensor:
 
 def backward_weight(grad: Tensor, x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
     """As `convolution.conv_backward_weight`."""
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x = contiguous(grad, x)
     samples, height, width, inputs = x.shape
     groups, outputs, kernel = weight.shape[:3]
     taps = kernel * kernel
@@ -238,7 +238,7 @@ def backward_weight(grad: Tensor, x: Tensor, weight: Tensor, blocks: Blocks | No
 
 
 def _multiplied(x: Tensor, weight: Tensor, back: bool, blocks: Blocks | None = None) -> Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = contiguous(x, weight)
     samples, height, width, inputs = x.shape
     groups, kernel = len(weight), weight.shape[2]
     outputs = weight.shape[4] if back else weight.shape[1]

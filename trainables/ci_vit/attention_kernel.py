@@ -266,7 +266,7 @@ def _backward(
 
 def forward(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """As `attention.attention_forward`."""
-    qkv, bias = qkv.contiguous(), bias.contiguous()
+    qkv, bias = contiguous(qkv, bias)
     samples, positions, _, heads, width = qkv.shape
     out = qkv.new_empty(samples, positions, heads, width)
     lse = qkv.new_empty(samples, heads, positions, dtype=torch.float32)

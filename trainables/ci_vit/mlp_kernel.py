@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 LEAST = 16  # rows, columns or depth of the smallest product that tensor cores do
 CHANNELS = 16  # that one instance of `_finish` does
@@ -444,7 +444,7 @@ def backward(
     weights: Blocks = WEIGHTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `mlp.mlp_backward`."""
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x = contiguous(grad, x)
     scale, shift, w_in = _by_lane(scale), _by_lane(shift), _by_lane(w_in)
     lanes, width, neurons = w_in.shape
     rows, wide = len(x) // lanes, _padded(width)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 MOST_HELD = 200
 """Values that a thread may hold: with the addresses, what 255 registers hold without spilling."""
@@ -172,11 +172,12 @@ def forward(x: Tensor, kernels: Tensor) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     """As `delay_ops.delay_backward`."""
-    return _walked(grad, kernels, back=True), _correlated(grad.contiguous(), x.contiguous(), kernels)
+    grad, x = contiguous(grad, x)
+    return _walked(grad, kernels, back=True), _correlated(grad, x, kernels)
 
 
 def _walked(x: Tensor, kernels: Tensor, back: bool) -> Tensor:
-    x, kernels = x.contiguous(), kernels.contiguous()
+    x, kernels = contiguous(x, kernels)
     y = torch.empty_like(x)
     groups, samples, steps, positions, channels = x.shape
     size, taps = kernels.shape[1:3]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.operators import launch
+from trainables.operators import contiguous, launch
 
 BLOCK = 128
 
@@ -124,7 +124,7 @@ def _backward(
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """As `neurons.lif_forward`: spikes and h - 1, [G, R, T, P]."""
-    x, scale, shift, keep = x.contiguous(), scale.contiguous(), shift.contiguous(), keep.contiguous()
+    x, scale, shift, keep = contiguous(x, scale, shift, keep)
     spikes, over = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         groups, rows, steps, places = x.shape
@@ -140,8 +140,7 @@ def backward(
     grad: Tensor, over: Tensor, x: Tensor, scale: Tensor, keep: Tensor, alpha: Tensor, learn_keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `neurons.lif_backward`."""
-    grad, over, x = grad.contiguous(), over.contiguous(), x.contiguous()
-    scale, keep, alpha = scale.contiguous(), keep.contiguous(), alpha.contiguous()
+    grad, over, x, scale, keep, alpha = contiguous(grad, over, x, scale, keep, alpha)
     groups, rows, steps, places = over.shape
     out, sums = torch.empty_like(over), scale.new_zeros((3, groups, rows * places))
     if over.numel():
