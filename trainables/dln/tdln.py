@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainables import draws
-from trainables.dln import initials
+from trainables.dln import initials, powers
 from trainables.dln.norms import layer_norm, wide
 from trainables.dln.program import Program, features, pixels
 from trainables.dln.recurrence import last_real, last_real_constant, power, scan
@@ -88,7 +88,7 @@ def fixed_names(params: Params) -> tuple[set[str], set[str]]:
 def predict(program: Program, params: Params, hyper: Hypers, inputs: Tensor) -> Tensor:
     """Logits [B, L, F] of the next step, from inputs [B, L, F]."""
     x = _states(program, params, hyper, inputs, program.levels + 1)
-    return wide(_linear(params, "out", x))
+    return wide(_linear(program, params, "out", x))
 
 
 def reconstruct(program: Program, params: Params, hyper: Hypers, images: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def encode(program: Program, params: Params, hyper: Hypers, images: Tensor) -> T
         return _last(program, params, hyper, 0, inputs)
     below = _states(program, params, hyper, inputs, top)
     if program.recurrence == "tdln_shifted":
-        return _last(program, params, hyper, top, _before(params, f"level{top}", below))
+        return _last(program, params, hyper, top, _before(program, params, f"level{top}", below))
     if program.norm_over == "sequence":  # the statistic needs every position
         return _states(program, params, hyper, inputs, top + 1)[..., -1, :]
     return _join(program, params, hyper, f"level{top}", _last(program, params, hyper, top, below), below[..., -1, :])
@@ -114,8 +114,8 @@ def decode(program: Program, params: Params, hyper: Hypers, state: Tensor) -> Te
     """Images [B, pixels] from last states [B, D]: dense layers with ReLU, residual and LayerNorm, then a sigmoid."""
     for index in range(program.dense):
         name = f"dense{index}"
-        state = _join(program, params, hyper, name, wide(_linear(params, name, state)), state, ("position",))
-    return torch.sigmoid(wide(_linear(params, "out", state)))
+        state = _join(program, params, hyper, name, wide(_linear(program, params, name, state)), state, ("position",))
+    return torch.sigmoid(wide(_linear(program, params, "out", state)))
 
 
 def _states(program: Program, params: Params, hyper: Hypers, inputs: Tensor, levels: int) -> Tensor:
@@ -124,7 +124,7 @@ def _states(program: Program, params: Params, hyper: Hypers, inputs: Tensor, lev
     for level in range(1, levels):
         name = f"level{level}"
         if program.recurrence == "tdln_shifted":
-            x = _level(program, params, hyper, level, _before(params, name, x))
+            x = _level(program, params, hyper, level, _before(program, params, name, x))
         else:
             x = _join(program, params, hyper, name, _level(program, params, hyper, level, x), x)
     return x
@@ -146,13 +146,26 @@ def _join(
     return normed * params[f"{name}.norm.gain"] + params[f"{name}.norm.shift"]
 
 
-def _before(params: Params, name: str, x: Tensor) -> Tensor:
+def _before(program: Program, params: Params, name: str, x: Tensor) -> Tensor:
     """The dense layer with ReLU that stands before each shifted level."""
-    return torch.relu(wide(_linear(params, f"{name}.before", x)))
+    return torch.relu(wide(_linear(program, params, f"{name}.before", x)))
 
 
-def _linear(params: Params, name: str, x: Tensor) -> Tensor:
-    return F.linear(x, params[f"{name}.w"].transpose(-1, -2), params[f"{name}.b"])
+def _linear(program: Program, params: Params, name: str, x: Tensor) -> Tensor:
+    weight, bias = params[f"{name}.w"], params[f"{name}.b"]
+    outputs = weight.shape[-1]
+    missing = [-size % 8 for size in weight.shape]
+    if any(missing) and x.is_cuda and _low(program) != dtype_of(program):  # tensor cores want rows of 8 values
+        x, bias = F.pad(x, (0, missing[0])), F.pad(bias, (0, missing[1]))
+        weight = F.pad(weight, (0, missing[1], 0, missing[0]))
+    return F.linear(x, weight.transpose(-1, -2), bias)[..., :outputs]
+
+
+def _low(program: Program) -> torch.dtype:
+    """What matrix products compute in."""
+    if program.autocast == "float16":
+        return torch.float16
+    return torch.bfloat16 if program.precision == "bf16" else dtype_of(program)
 
 
 def _level(program: Program, params: Params, hyper: Hypers, level: int, x: Tensor) -> Tensor:
@@ -166,7 +179,10 @@ def _last(program: Program, params: Params, hyper: Hypers, level: int, x: Tensor
     """The last output [B, D], without the states before it."""
     log_size, theta = _memory(program, params, level)
     if kind_of(program, level) == "dln" and x.shape[-1] == 1:
-        return last_real_constant(log_size, theta, wide(x[..., 0]))
+        inputs = wide(x[..., 0])
+        if inputs.is_cuda:
+            return powers.last_real_constant(log_size, theta, inputs, _low(program))
+        return last_real_constant(log_size, theta, inputs)
     times, inputs = _drive(program, params, hyper, level, x)
     return last_real(log_size, theta, times, inputs)
 
