@@ -36,13 +36,15 @@ ON_GPU = [
 
 
 def inputs(shape, kernel, dtype=torch.float64, device="cpu"):
-    """x [G, B, T, N, C], kernels [G, k, K, C] with the longest delays out of reach in half of them, a gradient."""
+    """x [G, B, T, N, C], kernels [G, k, K, C] with the longest delays out of reach in half of them, bias [G, K, N, C],
+    and a gradient."""
     generator = torch.Generator().manual_seed(sum(shape) + sum(kernel))
     draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)
     kernels = draw(shape[0], *kernel, shape[-1])
     kernels[shape[0] // 2 :, :, : kernel[1] // 2] = 0
     kind = torch.promote_types(dtype, torch.float32)
-    return draw(*shape).to(device, dtype), kernels.to(device, kind), draw(*shape).to(device, dtype)
+    x, grad = (draw(*shape).to(device, dtype) for _ in range(2))
+    return x, kernels.to(device, kind), draw(shape[0], kernel[1], *shape[3:]).to(device, kind), grad
 
 
 def convolution(x, kernels):
@@ -52,68 +54,79 @@ def convolution(x, kernels):
     return F.conv2d(padded, kernels.permute(2, 1, 0).unsqueeze(1), groups=channels).permute(0, 2, 3, 1)
 
 
-def expected_of(x, kernels, grad):
-    """y and both gradients in float64, lane by lane, by autograd."""
+def expected_of(x, kernels, bias, grad):
+    """y and its gradients in float64, lane by lane, by autograd."""
     found = []
-    for lane, taps, to_y in zip(x.double(), kernels.double(), grad.double(), strict=True):
-        leaves = lane.clone().requires_grad_(), taps.clone().requires_grad_()
-        y = convolution(*leaves)
-        found.append((y.detach(), *torch.autograd.grad(y, leaves, to_y)))
+    for *lane, to_y in zip(*(t.double() for t in (x, kernels, bias, grad)), strict=True):
+        leaves = [part.clone().requires_grad_() for part in lane]
+        y = convolution(*leaves[:2])
+        if bias.numel():
+            rows = [leaves[2][min(step, kernels.shape[2] - 1)] for step in range(x.shape[2])]
+            y = y + torch.stack(rows)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, to_y, materialize_grads=True)))
     return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
 
 def agree(found, expected, limit):
     for one, other in zip(found, expected, strict=True):
         assert one.is_contiguous()
-        torch.testing.assert_close(
-            one.double(), other, rtol=limit, atol=limit * max(1.0, float(other.abs().max())), check_device=False
-        )
+        largest = float(other.abs().amax()) if other.numel() else 0.0
+        torch.testing.assert_close(one.double(), other, rtol=limit, atol=limit * max(1.0, largest), check_device=False)
 
 
 def check(shape, kernel, dtype, device):
     """Forward and backward of the kernels equal the convolution's."""
     from trainables.snn_delays import delay_kernel
 
-    x, kernels, grad = inputs(shape, kernel, dtype, device)
-    found = delay_kernel.forward(x, kernels), *delay_kernel.backward(grad, x, kernels)
-    assert found[0].dtype == found[1].dtype == dtype
-    agree(found, expected_of(x, kernels, grad), LIMITS[dtype])
+    compare(shape, kernel, dtype, device, delay_kernel.forward, delay_kernel.backward)
+
+
+def compare(shape, kernel, dtype, device, forward, backward):
+    """With a bias and without."""
+    x, kernels, bias, grad = inputs(shape, kernel, dtype, device)
+    for added in (bias, bias[:, :0]):
+        found = forward(x, kernels, added), *backward(grad, x, kernels, added.numel() > 0)
+        assert found[0].dtype == found[1].dtype == dtype
+        agree(found, expected_of(x, kernels, added, grad), LIMITS[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "kernel"), SHAPES)
 def test_operators_are_the_convolution_and_its_gradients(shape, kernel, dtype):
-    x, kernels, grad = inputs(shape, kernel, dtype)
-    found = delay_ops.delay_forward(x, kernels), *delay_ops.delay_backward(grad, x, kernels)
-    agree(found, expected_of(x, kernels, grad), LIMITS[dtype])
+    compare(shape, kernel, dtype, "cpu", delay_ops.delay_forward, delay_ops.delay_backward)
 
 
+@pytest.mark.parametrize("kernel", [(3, 4), (6, 2), (4, 9)])  # of odd and even size; longer than the sequence
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("compiled", ["", "aot_eager", "inductor"])
-def test_lanes_have_their_own_kernels_and_gradients(compiled):
+def test_lanes_have_their_own_kernels_and_gradients(compiled, affine, kernel):
     """vmap of a gradient, without vmap's fallback of one lane after another (which warns)."""
-    shape, (size, taps) = (3, 2, 6, 5, 4), (3, 4)
-    x, kernels, grad = inputs(shape, (size, taps))
+    x, kernels, bias, grad = inputs((3, 2, 6, 5, 4), kernel)
     kernels = kernels.permute(0, 3, 1, 2)  # [lanes, C, k, K]
+    numbers = bias[:, 0, :2]  # scale and shift, [lanes, 2, C]
 
-    def loss(x, kernels, grad):
-        return (delay_ops.walked_delay(x, kernels) * grad).sum()
+    def loss(x, kernels, numbers, grad):
+        return (delay_ops.walked_delay(x, kernels, tuple(numbers) if affine else None) * grad).sum()
 
-    def plain(x, kernels, grad):
-        return (convolution(x, kernels.permute(1, 2, 0)) * grad).sum()
+    def plain(x, kernels, numbers, grad):
+        within = numbers[0] * x + numbers[1] if affine else x
+        return (convolution(within, kernels.permute(1, 2, 0)) * grad).sum()
 
-    function = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))
+    function = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))
     if compiled:
+        torch.compiler.reset()  # a function may be compiled for eight shapes at most
         function = torch.compile(function, backend=compiled, fullgraph=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*performance drop.*")
-        found = function(x, kernels, grad)
-    expected = [torch.func.grad(plain, argnums=(0, 1))(*lane) for lane in zip(x, kernels, grad, strict=True)]
+        found = function(x, kernels, numbers, grad)
+    lanes = zip(x, kernels, numbers, grad, strict=True)
+    expected = [torch.func.grad(plain, argnums=(0, 1, 2))(*lane) for lane in lanes]
     for one, others in zip(found, zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(one, torch.stack(others), rtol=1e-12, atol=1e-12)
 
 
 def test_second_argument_shared_by_lanes():
-    x, kernels, _ = inputs((3, 2, 6, 5, 4), (3, 4))
+    x, kernels, *_ = inputs((3, 2, 6, 5, 4), (3, 4))
     shared = kernels[0].permute(2, 0, 1)
     found = torch.func.vmap(delay_ops.walked_delay, in_dims=(0, None))(x, shared)
     torch.testing.assert_close(found, torch.stack([convolution(lane, kernels[0]) for lane in x]), rtol=0, atol=1e-12)
@@ -141,10 +154,12 @@ class TestOnGpu:
     def test_strided_inputs(self):
         from trainables.snn_delays import delay_kernel
 
-        x, kernels, grad = inputs((2, 3, 7, 5, 4), (3, 4), torch.float32, "cuda")
+        x, kernels, bias, grad = inputs((2, 3, 7, 5, 4), (3, 4), torch.float32, "cuda")
         turned, grad_turned = (t.transpose(1, 3).contiguous().transpose(1, 3) for t in (x, grad))
-        assert torch.equal(delay_kernel.forward(turned, kernels), delay_kernel.forward(x, kernels))
+        assert torch.equal(delay_kernel.forward(turned, kernels, bias), delay_kernel.forward(x, kernels, bias))
         for one, other in zip(
-            delay_kernel.backward(grad_turned, turned, kernels), delay_kernel.backward(grad, x, kernels), strict=True
+            delay_kernel.backward(grad_turned, turned, kernels, True),
+            delay_kernel.backward(grad, x, kernels, True),
+            strict=True,
         ):
             assert torch.equal(one, other)

@@ -13,7 +13,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch.func import grad, vmap
 
 from trainables.family import hyper_tensors, load_family
-from trainables.snn_delays import TINY, delays
+from trainables.snn_delays import TINY, delays, pooling
 from trainables.snn_delays.neurons import lif, membrane
 from trainables.snn_delays.program import kernel_steps
 
@@ -190,3 +190,19 @@ def test_a_lane_with_shorter_delays_is_the_net_with_the_shorter_kernel(version):
     assert masked[:, :6].abs().max() == 0
     torch.testing.assert_close(masked[:, 6:], alone, rtol=1e-12, atol=1e-12)
     assert delays.clamp(long - 100, 11, reach).tolist() == [5 - 4] * 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mean_over_positions_as_an_operator(compiled):
+    """By lanes, with its gradient, against the ordinary mean; here on a CPU, where nets take the ordinary one."""
+    x = torch.randn(3, 4, 5, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
+
+    def loss(x, mean):
+        return (mean(x) ** 3).sum()
+
+    operator = vmap(grad(lambda x: loss(x, lambda x: pooling._mean(x, DOUBLE))))
+    if compiled:
+        operator = torch.compile(operator, fullgraph=True)
+    expected = vmap(grad(lambda x: loss(x, lambda x: x.mean(1))))(x)
+    torch.testing.assert_close(operator(x), expected, rtol=1e-12, atol=1e-12)
+    torch.library.opcheck(pooling.position_mean, (x[0].bfloat16(), torch.float32))

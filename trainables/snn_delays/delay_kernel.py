@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainables.operators import contiguous, launch
+from trainables.snn_delays.delay_ops import bias_gradient
 
 MOST_HELD = 200
 """Values that a thread may hold: with the addresses, what 255 registers hold without spilling."""
@@ -37,11 +38,12 @@ def _inside(first, offset, POSITIONS: tl.constexpr):
 
 @triton.jit
 def _walk(
-    x, kernels, y, samples,
+    x, kernels, bias, y, samples,
     STEPS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
-    RUN: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
+    RUN: tl.constexpr, BIASED: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = sum of w[j, K - 1 - lag] x[t - lag, n + j - k // 2]; with BACK its transpose, backwards."""
+    """y[t, n] = sum of w[j, K - 1 - lag] x[t - lag, n + j - k // 2], BIASED with bias[min(t, K - 1), n] more; with BACK
+    its transpose, backwards."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel, first = place % CHANNELS, place // CHANNELS * RUN
@@ -66,6 +68,19 @@ def _walk(
     pending = ()
     for _ in tl.static_range(TAPS * RUN):
         pending = pending + (zero,)
+    if BIASED:
+        row_of_bias = bias + ((image // samples) * TAPS * POSITIONS + first) * CHANNELS + channel
+        for _step in range(TAPS):
+            begun = ()
+            for i in tl.static_range((TAPS - 1) * RUN):
+                begun = begun + (pending[i + RUN],)
+            for r in tl.static_range(RUN):
+                begun = begun + (tl.load(row_of_bias + r * CHANNELS, mask=first + r < POSITIONS, other=0.0),)
+            pending = begun
+            row_of_bias += POSITIONS * CHANNELS
+    start = ()  # of the outputs further ahead
+    for r in tl.static_range(RUN):
+        start = start + (pending[(TAPS - 1) * RUN + r],)
     ahead = ()
     for p in tl.static_range(RUN + SIZE - 1):
         ahead = ahead + (tl.load(x + at + (p - LEFT) * CHANNELS, mask=_inside(first, p - LEFT, POSITIONS), other=0.0),)
@@ -87,8 +102,8 @@ def _walk(
                     tl.store(y + at + r * CHANNELS, total, mask=first + r < POSITIONS)
                 else:
                     moved = moved + (total,)
-        for _r in tl.static_range(RUN):
-            moved = moved + (zero,)
+        for r in tl.static_range(RUN):
+            moved = moved + (start[r],)
         pending = moved
         at += STRIDE
 
@@ -165,26 +180,28 @@ def _correlate(
             tl.store(part + (j * TAPS + TAPS - 1 - lag) * WIDTH, sums[j * TAPS + lag], mask=place < WIDTH)
 
 
-def forward(x: Tensor, kernels: Tensor) -> Tensor:
+def forward(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     """As `delay_ops.delay_forward`."""
-    return _walked(x, kernels, back=False)
+    return _walked(x, kernels, bias, back=False)
 
 
-def backward(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, kernels: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `delay_ops.delay_backward`."""
     grad, x = contiguous(grad, x)
-    return _walked(grad, kernels, back=True), _correlated(grad, x, kernels)
+    none = kernels.new_empty((len(x), 0, *x.shape[3:]))
+    to_bias = bias_gradient(grad, kernels) if biased else none
+    return _walked(grad, kernels, none, back=True), _correlated(grad, x, kernels), to_bias
 
 
-def _walked(x: Tensor, kernels: Tensor, back: bool) -> Tensor:
-    x, kernels = contiguous(x, kernels)
+def _walked(x: Tensor, kernels: Tensor, bias: Tensor, back: bool) -> Tensor:
+    x, kernels, bias = contiguous(x, kernels, bias)
     y = torch.empty_like(x)
     groups, samples, steps, positions, channels = x.shape
     size, taps = kernels.shape[1:3]
     run = _run(positions, size, taps, (10, 5, 4))
     grid = (groups * samples, triton.cdiv(triton.cdiv(positions, run) * channels, BLOCK))
     launch(_walk, grid)(
-        x, kernels, y, samples, steps, positions, channels, size, taps, run, back, BLOCK,
+        x, kernels, bias, y, samples, steps, positions, channels, size, taps, run, bias.numel() > 0, back, BLOCK,
         num_warps=BLOCK // 32, maxnreg=SIX_FIT if _held(size, taps, run) <= HELD_BY_SIX else None,
     )  # fmt: skip
     return y

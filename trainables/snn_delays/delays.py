@@ -100,7 +100,7 @@ def sigma_at(start: Tensor, share: Tensor, epochs: int, elapsed: Tensor, version
     return torch.where(start > 0, torch.where(elapsed > final, after, falling), 0.0)
 
 
-def frequency_delay(x: Tensor, kernels: Tensor) -> Tensor:
+def frequency_delay(x: Tensor, kernels: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Depthwise convolution over frequency ("same", zeros) and time (causal).
 
     On a GPU, in bf16 or float32 and for kernels of up to `delay_ops.LONGEST` taps, by the operators of `delay_ops`;
@@ -109,13 +109,16 @@ def frequency_delay(x: Tensor, kernels: Tensor) -> Tensor:
     Args:
         x: [B, T, N, C].
         kernels: [C, k, K], k along frequency.
+        affine: scale and shift, each [C]: of scale * x + shift in the place of x.
 
     Returns:
         [B, T, N, C].
     """
     channels, size, taps = kernels.shape
     if x.is_cuda and x.dtype != torch.float64 and size * taps <= delay_ops.LONGEST:
-        return delay_ops.walked_delay(x, kernels)
+        return delay_ops.walked_delay(x, kernels, affine)
+    if affine is not None:
+        x = (affine[0] * x + affine[1]).to(x.dtype)
     padded = F.pad(x.permute(0, 3, 1, 2), (size // 2, size - 1 - size // 2, taps - 1, 0))
     # rounded here: under vmap alone, as in evaluation, autocast does not see a convolution on the CPU
     weight = kernels.transpose(1, 2).unsqueeze(1).to(x.dtype)

@@ -142,7 +142,7 @@ def backward(
     """As `neurons.lif_backward`."""
     grad, over, x, scale, keep, alpha = contiguous(grad, over, x, scale, keep, alpha)
     groups, rows, steps, places = over.shape
-    out, sums = torch.empty_like(over), scale.new_zeros((3, groups, rows * places))
+    out, sums = torch.empty_like(over), scale.new_empty((3, groups, rows * places))
     if over.numel():
         neurons, channels = rows * places, scale.shape[1]
         grid = (triton.cdiv(neurons, BLOCK), groups)

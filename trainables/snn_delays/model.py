@@ -23,13 +23,15 @@ from torch import Tensor
 
 from trainables import draws
 from trainables.family import Hypers, State, dtype_of
-from trainables.snn_delays import delays, mixing
+from trainables.snn_delays import delays, mixing, pooling
 from trainables.snn_delays.neurons import keep_of_tau, keep_of_weight, lif, membrane, weight_of_tau
 from trainables.snn_delays.program import Program, classes, kernel_steps
 
 BN_MOMENTUM, BN_EPS = 0.1, 1e-5
 
 Tensors = dict[str, Tensor]
+Affine = tuple[Tensor, Tensor]
+"""Scale and shift of each channel."""
 
 
 def blocks(program: Program) -> Iterator[tuple[int, str]]:
@@ -188,12 +190,13 @@ class Pass:
         windows, weight = frames[..., :used].unflatten(-1, (-1, program.stem)), params["stem.weight"]
         if frames.is_cuda:  # tensor cores want rows of 8 values
             windows, weight = (F.pad(t, (0, -program.stem % 8)) for t in (windows, weight))
-        x = self._norm(windows, weight, "stem")
+        affine: Affine | None
+        x, affine = self._mixed(windows, weight, "stem")
         for stage, name in blocks(program):
-            x = self._block(x, name)
+            x, affine = self._block(x, affine, name), None
             if name.endswith(f"block{program.blocks[stage]}") and stage + 1 < len(program.blocks):
-                x = self._down(x, f"down{stage + 1}")
-        features = x.mean(2, dtype=dtype_of(program))  # [B, T, C]
+                x, affine = self._down(x, f"down{stage + 1}")
+        features = pooling.mean_over_positions(x, dtype_of(program))
         if self.dropout is not None:
             features = features * self.dropout.unsqueeze(1)
         if program.fc_delay_ms:
@@ -203,31 +206,30 @@ class Pass:
         with torch.autocast(frames.device.type, enabled=False):
             return membrane(current.to(frames.dtype), self._keep("fc"))
 
-    def _block(self, x: Tensor, name: str) -> Tensor:
-        x = delays.frequency_delay(x, self.kernels[name])
+    def _block(self, x: Tensor, affine: Affine | None, name: str) -> Tensor:
+        """affine: what is still to be done to x."""
+        x = delays.frequency_delay(x, self.kernels[name], affine)
         x, affine = self._mixed(x, self.params[f"{name}.pointwise"], name)
         x = lif(x, self._keep(name), self.hyper["alpha"], affine, learn_keep=self.program.neuron == "plif")
         if self.program.bottleneck == "none":
             return x
         weight = self.params[f"{name}.pointwise_out"]
-        return self._norm(x, weight, f"{name}.out") if self.program.bottleneck == "two_bn" else mix(x, weight)
+        if self.program.bottleneck != "two_bn":
+            return mix(x, weight)
+        y, (scale, shift) = self._mixed(x, weight, f"{name}.out")
+        return (scale * y + shift).to(y.dtype)
 
-    def _down(self, x: Tensor, name: str) -> Tensor:
+    def _down(self, x: Tensor, name: str) -> tuple[Tensor, Affine]:
         pairs = x[:, :, : x.shape[2] // 2 * 2].unflatten(2, (-1, 2)).flatten(3)
         weight = self.params[f"{name}.weight"].unflatten(-1, (-1, 2)).transpose(1, 2).flatten(1)
-        return self._norm(pairs, weight, name)
+        return self._mixed(pairs, weight, name)
 
     def _keep(self, name: str) -> Tensor:
         if self.program.neuron == "plif":
             return keep_of_weight(self.params[f"{name}.tau"])
         return keep_of_tau(self.hyper["tau_ms"], self.program.dt_ms)
 
-    def _norm(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
-        """A convolution of size one and its batch normalisation, [B, T, N, D] in the product's dtype."""
-        y, (scale, shift) = self._mixed(x, weight, name)
-        return (scale * y + shift).to(y.dtype)
-
-    def _mixed(self, x: Tensor, weight: Tensor, name: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _mixed(self, x: Tensor, weight: Tensor, name: str) -> tuple[Tensor, Affine]:
         """A convolution of size one, [B, T, N, D], and its batch normalisation as a scale and a shift of each channel.
 
         Statistics are over batch, time and positions (torch.nn.BatchNorm1d on time folded into the batch); frames that
@@ -256,7 +258,7 @@ class Pass:
         first, second = (t.sum((1, 2)).sum(0) for t in (away, away.square()))
         return y, first, second
 
-    def _affine(self, name: str, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _affine(self, name: str, mean: Tensor, var: Tensor) -> Affine:
         scale = self.params[f"{name}.bn_scale"] * torch.rsqrt(var + BN_EPS)
         return scale, self.params[f"{name}.bn_shift"] - mean * scale
 
