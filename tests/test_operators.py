@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -108,6 +109,27 @@ def test_where_compiled_steps_are_kept_does_not_depend_on_the_order_of_imports()
                 keep_compiled(name, "1")
             kept_by.append(list(config.unsafe_marked_cacheable_functions))
     assert kept_by[0] == kept_by[1] == ["a.one", "b.two"]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if list(Path("trainables", name).glob("*_kernel.py"))])
+def test_kernels_import_nothing_that_their_program_had_not(family):
+    """They are imported when they first run, and what is compiled after that would be looked up by other names."""
+    code = (
+        "import sys; from trainables.family import load_family\n"
+        f"load_family('{family}').import_all()\n"
+        "print(*(name for name in sys.modules if name.startswith('trainables')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    there = set(run.stdout.split())
+    kernels = list(Path("trainables", family).glob("*_kernel.py"))
+    for path in kernels:
+        own = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        for module in {name for name in own if name and name.startswith("trainables")}:
+            further = Path(*module.split(".")).with_suffix(".py")
+            if not module.endswith("_kernel"):
+                assert module in there, f"{path} imports {module}"
+            elif further not in kernels:
+                kernels.append(further)
 
 
 def test_a_kernel_runs_at_once():

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainables.convolution import DIVISOR, FEW, few
-from trainables.operators import contiguous, launch
+from trainables.operators import NARROW, contiguous, launch
 
 
 @dataclass(frozen=True)
@@ -255,12 +255,6 @@ def _multiplied(x: Tensor, weight: Tensor, back: bool, blocks: Blocks | None = N
     else:
         launch(_product, grid)(*what, back, *shape, **how)
     return y
-
-
-NARROW = 32
-"""Tiles at most so wide are for two warps, too few for Hopper's own products: with four, and a tile of 64 x 32, Triton
-3.6's `_outer` gave one lane's NaN to another (beside NaN lanes on an H200, `tests/test_convolution.py`; compare
-triton-lang/triton 10486 and 11366)."""
 
 
 def product_blocks(terms: int, outputs: int, all_at_once: bool = False) -> Blocks:

@@ -22,6 +22,10 @@ from trainables.files import code_beside
 
 OPERATORS: set[str] = set()
 """Names of all operators that take lanes, NAMESPACE::NAME. They read tensors of any strides."""
+NARROW = 32
+"""Kernels' tiles at most so wide are for two warps, too few for Hopper's own products: with four and a tile of 64 x 32
+Triton 3.6's gradient of a convolution's weight gave one lane's NaN to another (beside NaN lanes on an H200,
+`tests/test_convolution.py`; compare triton-lang/triton 10486 and 11366)."""
 
 
 def takes_lanes(operator: CustomOpDef) -> None:

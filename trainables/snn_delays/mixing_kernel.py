@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainables.convolution_kernel import NARROW
-from trainables.operators import contiguous, launch
+from trainables.operators import NARROW, contiguous, launch
 
 MOST_ROWS = 2048
 """Of one instance."""
