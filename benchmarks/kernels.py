@@ -29,6 +29,9 @@ from tuning.curves import CurveWriter, metadata
 from tuning.runner import cache_dir
 from tuning.values import parse_field, split
 
+SEEDS = 4
+"""Of a config. Orders are worked out once a seed, so lanes that all had seeds of their own would wait for the host."""
+
 
 def main(
     family: Annotated[str, typer.Option(help="model family")] = "ci_vit",
@@ -56,7 +59,7 @@ def main(
         made = make_engine(name, int(lanes), loaded, program, arrays, device, host_arrays)
         begun = time.perf_counter()
         for i in range(int(lanes)):
-            made.insert(f"lane{i}", hyper, i)
+            made.insert(f"lane{i}", hyper, i % SEEDS)
         chunk = made.until_epoch_end()
         made.advance(chunk)
         made.evaluate(list(made.lanes))
@@ -124,17 +127,28 @@ class Nowhere:
 
 
 def in_stack(engine: Engine, hyper: Any, lanes: int, seconds: float) -> float:
-    """Trial-steps a second of a config of `lanes` seeds as a host trains it, curves to Parquet."""
+    """Trial-steps a second of configs of SEEDS seeds each as a host trains them, curves to Parquet."""
     values = {**asdict(engine.program), **asdict(hyper)}
-    job = Job(
-        "job", engine.family.name, values, "config", {i: f"run{i}" for i in range(lanes)}, (engine.schedule.epochs,)
-    )
+    jobs = [
+        Job(
+            f"job{first}",
+            engine.family.name,
+            values,
+            f"config{first}",
+            {seed: f"run{first + seed}" for seed in range(min(SEEDS, lanes - first))},
+            (engine.schedule.epochs,),
+        )
+        for first in range(0, lanes, SEEDS)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         recorder = CurveWriter(Path(folder), "kernels", metadata("kernels", engine.family.name, {}))
         stack = Stack(engine.family, engine.program, lambda: (engine, lanes), Writer(recorder, Nowhere()))
-        stack.attach(job)
+        for job in jobs:
+            stack.attach(job)
         for _ in range(8):
             stack.tick()
+        if not engine.lanes:
+            raise typer.BadParameter(f"{engine.schedule.steps} steps end before they can be timed: --set longer runs")
         first, begun = next(iter(engine.lanes.values())).step, time.perf_counter()
         while time.perf_counter() - begun < seconds and stack.busy:
             stack.tick()

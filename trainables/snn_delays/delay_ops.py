@@ -77,11 +77,10 @@ def backward_convolution(grad: Tensor, x: Tensor, kernels: Tensor, biased: bool)
 
 def bias_gradient(grad: Tensor, kernels: Tensor) -> Tensor:
     """Gradient with respect to bias, [G, K, N, C]: sums over samples, the last row's over the steps that share it."""
-    rows, steps = kernels.shape[2], grad.shape[2]
-    own = grad[:, :, : rows - 1].sum(1, dtype=kernels.dtype)
-    shared = grad[:, :, rows - 1 :].sum((1, 2), dtype=kernels.dtype)
-    beyond = own.new_zeros((len(own), max(0, rows - 1 - steps), *own.shape[2:]))
-    return torch.cat([own, beyond, shared.unsqueeze(1)], 1)
+    rows, by_step = kernels.shape[2], grad.sum(1, dtype=kernels.dtype)
+    own, shared = by_step[:, : rows - 1], by_step[:, rows - 1 :].sum(1, keepdim=True)
+    beyond = own.new_zeros((len(own), rows - 1 - own.shape[1], *own.shape[2:]))
+    return torch.cat([own, beyond, shared], 1)
 
 
 def _no_bias(x: Tensor, kernels: Tensor) -> Tensor:
@@ -180,9 +179,10 @@ def walked_delay(x: Tensor, kernels: Tensor, affine: tuple[Tensor, Tensor] | Non
 
 def _weight_read(taps: Tensor, positions: int) -> Tensor:
     """Sum of the taps [k, K, C] that stand on values at step min(t, K - 1) and position n, [K, N, C]."""
-    size = len(taps)
-    reached = taps.flip(1).cumsum(1)  # [k, K, C]: of the lags 0 .. t
-    n = torch.arange(positions, device=taps.device)
+    size, lags = taps.shape[:2]
+    lag, n = torch.arange(lags, device=taps.device), torch.arange(positions, device=taps.device)
     row = torch.arange(size, device=taps.device)[:, None]
+    begun = lag[:, None] >= lag  # [K, K]: at step t the values of lags 0 .. t
     stands = (n + row >= size // 2) & (n + row < size // 2 + positions)  # [k, N]
+    reached = torch.where(begun[:, :, None], taps.flip(1)[:, None], 0.0).sum(2)  # [k, K, C]
     return torch.where(stands[:, None, :, None], reached[:, :, None], 0.0).sum(0)
