@@ -137,11 +137,15 @@ class StackedEngine(Engine):
         if not self._rows:
             some = next(iter(rows.values()))
             self._rows = {name: _repeat(row.to(self.device), len(self._slots)) for name, row in some.items()}
-        slots = send(torch.tensor([self._slots.index(key) for key in rows]), self.device)
+        place = {key: slot for slot, key in enumerate(self._slots)}
+        slots = send(torch.tensor([place[key] for key in rows]), self.device)
+        # lanes of one seed share an order, which goes to the device once
+        orders = {id(order): order for order in rows.values()}
+        number = {own: index for index, own in enumerate(orders)}
+        whose = send(torch.tensor([number[id(order)] for order in rows.values()]), self.device)
         for name, buffer in self._rows.items():
-            buffer.index_copy_(
-                0, slots, send(torch.stack([lane_rows[name] for lane_rows in rows.values()]), self.device)
-            )
+            each = send(torch.stack([order[name] for order in orders.values()]), self.device)
+            buffer.index_copy_(0, slots, each.index_select(0, whose))
         steps = [self.lanes[key].step if key in self.lanes else 0 for key in self._slots]
         places = torch.tensor([step % self.schedule.steps_per_epoch for step in steps])
         self._position.copy_(send(places, self.device))

@@ -246,6 +246,7 @@ def test_every_metric_is_declared(case):
     engine.insert("me", hyper, 0)
     curves = run(engine, engine.schedule.steps_per_epoch)["me"]
     assert curves.keys() <= family.metrics.keys()
+    assert all(np.isfinite(curve).all() for curve in curves.values())  # or lanes are equal by having none
     per_epoch = {name: np.array([curve.mean()]) for name, curve in curves.items()}
     summary = family.summarize(program, per_epoch)
     assert family.headline in summary

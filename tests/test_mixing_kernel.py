@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.families import arrays_of, build_case
 from tests.gpu_kernels import assert_near, assert_replays, run_interpreted
 from trainables.draws import counter
-from trainables.family import hyper_tensors
-from trainables.snn_delays import mixing, model, training
+from trainables.family import hyper_tensors, load_family
+from trainables.snn_delays import delay_ops, delays, mixing, model, pooling, training
 
 SHAPES = [  # groups, B, T, N, C, D
     (1, 2, 3, 5, 8, 32),
@@ -27,6 +27,8 @@ SHAPES = [  # groups, B, T, N, C, D
 ]
 BIG = [(3, 8, 100, 50, 32, 32), (2, 8, 50, 25, 128, 128), (2, 4, 100, 50, 64, 64), (3, 8, 100, 100, 8, 32)]
 NAMES = "x", "weight"
+MIXED = "max", "v1_inverted"
+"""Cases with one product a block, and with two."""
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, low: torch.dtype, device: str = "cpu") -> dict[str, tuple]:
@@ -146,10 +148,19 @@ def test_gradients_of_lanes(compiled, device):
             assert_near(one[lane], other, 1e-11 if device == "cpu" else 1e-4)
 
 
-@pytest.mark.parametrize("precision", ["float64", "bf16"])
-@pytest.mark.parametrize("case", ["max", "v1_inverted"])
-def test_net_is_the_same_fused(case, precision, monkeypatch, cache_dir):
-    """Loss, gradients and BatchNorm's statistics of a step, the operators taken on the CPU for once."""
+@pytest.mark.parametrize(
+    ("case", "precision", "delayed"),
+    [
+        *((case, "float64", True) for case in load_family("snn_delays").cases),
+        *((case, "bf16", False) for case in MIXED),
+    ],
+)
+def test_net_is_the_same_fused(case, precision, delayed, monkeypatch, cache_dir):
+    """Loss, gradients and BatchNorm's statistics of a step, and an evaluation, with operators taken on the CPU.
+
+    delayed: those of delays and of the mean over positions too. In bf16 they do not round before a convolution, as the
+    ordinary code does, and a neuron near its threshold spikes or does not.
+    """
     family, program, hyper = build_case("snn_delays", case, precision=precision)
     arrays = arrays_of(family, program, cache_dir, "cpu")
     row = {name: values[0] for name, values in family.order(program, arrays, 0, 0).items()}
@@ -159,11 +170,15 @@ def test_net_is_the_same_fused(case, precision, monkeypatch, cache_dir):
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return training.step(program, state, values, batch)
+            after, metrics = training.step(program, state, values, batch)
+            return after, metrics | training.evaluate(program, after, values, batch)
 
     assert not model.fused(program, torch.device("cpu"))
     expected, metrics = step()
     monkeypatch.setattr(model, "fused", lambda program, device: True)
+    if delayed:
+        monkeypatch.setattr(delays, "frequency_delay", delay_ops.walked_delay)
+        monkeypatch.setattr(pooling, "mean_over_positions", pooling.mean_by_operator)
     found, found_metrics = step()
     limit = 1e-11 if precision == "float64" else 3e-2  # bf16: eight bits, through every layer
     for name, value in metrics.items():

@@ -195,14 +195,13 @@ def test_a_lane_with_shorter_delays_is_the_net_with_the_shorter_kernel(version):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_mean_over_positions_as_an_operator(compiled):
     """By lanes, with its gradient, against the ordinary mean; here on a CPU, where nets take the ordinary one."""
-    x = torch.randn(3, 4, 5, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(3, 2, 4, 5, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
 
-    def loss(x, mean):
-        return (mean(x) ** 3).sum()
+    def slopes(mean):
+        return vmap(grad(lambda x: (mean(x, DOUBLE) ** 3).sum()))
 
-    operator = vmap(grad(lambda x: loss(x, lambda x: pooling._mean(x, DOUBLE))))
+    operator = slopes(pooling.mean_by_operator)
     if compiled:
         operator = torch.compile(operator, fullgraph=True)
-    expected = vmap(grad(lambda x: loss(x, lambda x: x.mean(1))))(x)
-    torch.testing.assert_close(operator(x), expected, rtol=1e-12, atol=1e-12)
-    torch.library.opcheck(pooling.position_mean, (x[0].bfloat16(), torch.float32))
+    torch.testing.assert_close(operator(x), slopes(pooling.mean_over_positions)(x), rtol=1e-12, atol=1e-12)
+    torch.library.opcheck(pooling.position_mean, (x[0, 0].bfloat16(), torch.float32))

@@ -21,7 +21,7 @@ TINY = {
     "train_examples": 14,
     "valid_fraction": 0.01,
 }
-QUICK = {"dropout": 0.25, "lr": 0.02}
+QUICK = {"dropout": 0.25, "lr": 0.02, "tau_ms": 100.0}  # longer than TINY's steps
 
 FAMILY = Family(
     name="snn_delays",

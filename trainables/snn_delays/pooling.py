@@ -51,7 +51,10 @@ def _mean(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mean_over_positions(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [B, T, N, C] -> [B, T, C] in `dtype`."""
-    if not x.is_cuda:
-        return x.mean(2, dtype=dtype)
+    """x [B, T, N, C] -> [B, T, C] in `dtype`, on a GPU by the operator."""
+    return mean_by_operator(x, dtype) if x.is_cuda else x.mean(2, dtype=dtype)
+
+
+def mean_by_operator(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, on any device."""
     return _mean(x.flatten(0, 1), dtype).unflatten(0, x.shape[:2])
