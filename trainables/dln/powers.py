@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.dln.recurrence import Pair, power
+from trainables.dln.recurrence import Pair, later_steps, power
 from trainables.operators import in_graph, takes_lanes, triton_for
 
 
@@ -35,7 +35,7 @@ def powers_forward(log_size: Tensor, theta: Tensor, steps: int, width: int, low:
 
 def forward_formula(log_size: Tensor, theta: Tensor, steps: int, width: int, low: torch.dtype) -> Tensor:
     """`powers_forward` on any device."""
-    real, _ = _powers(log_size, theta, _later(steps, log_size))
+    real, _ = _powers(log_size, theta, later_steps(steps, log_size))
     return F.pad(real, (0, width - real.shape[-1])).to(low)
 
 
@@ -50,15 +50,10 @@ def powers_backward(grad: Tensor, log_size: Tensor, theta: Tensor) -> tuple[Tens
 
 def backward_formula(grad: Tensor, log_size: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """`powers_backward` on any device."""
-    later = _later(grad.shape[1], log_size)
+    later = later_steps(grad.shape[1], log_size)
     real, imag = _powers(log_size, theta, later)
     weighted = grad[..., : log_size.shape[1]].to(log_size.dtype) * later
     return (weighted * real).sum(1), -(weighted * imag).sum(1)
-
-
-def _later(steps: int, like: Tensor) -> Tensor:
-    """Steps after each one, [L, 1]."""
-    return torch.arange(steps - 1, -1, -1, device=like.device, dtype=like.dtype)[:, None]
 
 
 def _powers(log_size: Tensor, theta: Tensor, later: Tensor) -> Pair:

@@ -110,5 +110,9 @@ def last_real(log_size: Tensor, theta: Tensor, times: Tensor, inputs: Tensor) ->
 
 def last_real_constant(log_size: Tensor, theta: Tensor, inputs: Tensor) -> Tensor:
     """The same where every time step is 1 and every channel reads the same input [..., L]. Returns [..., D]."""
-    later = torch.arange(inputs.shape[-1] - 1, -1, -1, device=inputs.device, dtype=inputs.dtype)
-    return inputs @ power(log_size, theta, later[:, None])[0]
+    return inputs @ power(log_size, theta, later_steps(inputs.shape[-1], log_size))[0]
+
+
+def later_steps(steps: int, like: Tensor) -> Tensor:
+    """How many steps come after each one, [L, 1]."""
+    return torch.arange(steps - 1, -1, -1, device=like.device, dtype=like.dtype)[:, None]

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainables.operators import contiguous, launch
-from trainables.snn_delays.delay_ops import bias_gradient
+from trainables.snn_delays.delay_ops import bias_gradient, no_bias
 
 MOST_HELD = 200
 """Values that a thread may hold: with the addresses, what 255 registers hold without spilling."""
@@ -188,7 +188,7 @@ def forward(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
 def backward(grad: Tensor, x: Tensor, kernels: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `delay_ops.delay_backward`."""
     grad, x = contiguous(grad, x)
-    none = kernels.new_empty((len(x), 0, *x.shape[3:]))
+    none = no_bias(x, kernels)
     to_bias = bias_gradient(grad, kernels) if biased else none
     return _walked(grad, kernels, none, back=True), _correlated(grad, x, kernels), to_bias
 

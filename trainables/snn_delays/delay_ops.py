@@ -72,7 +72,7 @@ def backward_convolution(grad: Tensor, x: Tensor, kernels: Tensor, biased: bool)
     left = size // 2
     dx = _unfold_channels(wide[:, :, taps - 1 :, left : left + x.shape[3]], groups).to(x.dtype)
     to_kernels = narrow.reshape(groups, channels, taps, size).permute(0, 3, 2, 1).contiguous()
-    return dx, to_kernels, bias_gradient(grad, kernels) if biased else _no_bias(x, kernels)
+    return dx, to_kernels, bias_gradient(grad, kernels) if biased else no_bias(x, kernels)
 
 
 def bias_gradient(grad: Tensor, kernels: Tensor) -> Tensor:
@@ -83,7 +83,8 @@ def bias_gradient(grad: Tensor, kernels: Tensor) -> Tensor:
     return torch.cat([own, beyond, shared], 1)
 
 
-def _no_bias(x: Tensor, kernels: Tensor) -> Tensor:
+def no_bias(x: Tensor, kernels: Tensor) -> Tensor:
+    """What stands for a bias, or its gradient, where there is none: [G, 0, N, C]."""
     return kernels.new_empty((len(x), 0, *x.shape[3:]))
 
 
